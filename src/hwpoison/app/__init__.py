@@ -1,0 +1,1 @@
+"""What an application imports: managers, memories, guards, notices."""

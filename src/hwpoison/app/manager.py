@@ -1,0 +1,285 @@
+"""`Manager` and `connect`: the way to a manager process."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+from hwpoison import events as event_log
+from hwpoison import protocol
+from hwpoison.app.connection import Connection
+from hwpoison.app.memory import Memory
+from hwpoison.app.notices import Notices
+from hwpoison.core.records import Failure, Report, Source
+from hwpoison.linux.files import checked_file
+from hwpoison.linux.syscalls import PAGE_SIZE
+from hwpoison.linux.userfaultfd import NO_FEATURE, Feature
+
+SOCKET_VARIABLE = "HWPOISON_SOCKET"
+
+
+class BaseManager:
+    """What a private and a shared manager have in common."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.notices = Notices(connection)
+        self._memories: list[Memory] = []
+
+    @property
+    def pid(self) -> int:
+        """The manager's process id."""
+        return self.connection.welcome.pid
+
+    @property
+    def socket(self) -> str:
+        """Where others can `connect`: a path, or an abstract name that begins with @."""
+        return self.connection.socket_name
+
+    # --- memory
+
+    def allocate(self, nbytes: int, name: str | None = None) -> Memory:
+        """Anonymous memory, all zeros. Raises ValueError, FileExistsError (the name), MemoryError (the limit)."""
+        return self._memory(protocol.Allocate(nbytes, name))
+
+    def open(
+        self,
+        path: str | os.PathLike[str],
+        mode: Literal["r", "r+"] = "r",
+        offset: int = 0,
+        nbytes: int | None = None,
+        *,
+        name: str | None = None,
+    ) -> Memory:
+        """A page cache over `nbytes` of a file from `offset` on (None: to its end); the name is the absolute path.
+
+        Opening the same range in the same mode again, here or in another process, gives the same object. Raises what
+        `open()` raises, and ValueError for another mode, a range outside the file, or what is no regular file.
+        """
+        if mode not in ("r", "r+"):
+            raise ValueError(f"mode {mode!r}: a file is opened 'r' or 'r+'")
+        flags = os.O_RDWR if mode == "r+" else os.O_RDONLY
+        # O_NONBLOCK: a FIFO must not hold us up before it can be refused.
+        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            checked_file(fd, os.fspath(path))
+            message = protocol.Open(name or os.path.abspath(path), offset, nbytes, mode == "r+")
+            return self._memory(message, [fd])
+        finally:
+            os.close(fd)
+
+    def attach(self, name: str) -> Memory:
+        """An object that this or another process has made. Raises FileNotFoundError."""
+        return self._memory(protocol.Attach(name))
+
+    def _memory(self, message: protocol.Message, fds: list[int] | None = None) -> Memory:
+        found, memory_fds = self.connection.request_fds(message, protocol.Found, fds)
+        try:
+            memory = Memory(self, found, memory_fds[0])
+        except BaseException:
+            os.close(memory_fds[0])
+            raise
+        self._memories.append(memory)
+        return memory
+
+    def forget(self, memory: Memory) -> None:
+        """It was closed."""
+        with suppress(ValueError):
+            self._memories.remove(memory)
+
+    # --- failures
+
+    def inject(self, memory: str | Memory, offset: int, action_required: bool = False) -> Failure:
+        """A simulated failure of the page at byte `offset`: handled as a real one, but no hardware is blamed.
+
+        Raises FileNotFoundError for an unknown name, ValueError for an offset outside.
+        """
+        return self._report(
+            Report(name=_name(memory), offset=offset, source=Source.INJECTED, action_required=action_required)
+        )
+
+    def report(
+        self,
+        name: str | Memory | None = None,
+        offset: int | None = None,
+        *,
+        pfn: int | None = None,
+        physical: int | None = None,
+        pid: int | None = None,
+        address: int | None = None,
+        source: str = Source.APPLICATION,
+        action_required: bool = False,
+    ) -> Failure:
+        """A real failure: a page is bad, named by `name` and `offset`, `pfn`, `physical` (an address), or `pid` and
+        `address`. `source` says who found it; `action_required`: somebody has touched it.
+
+        Raises ValueError for none or several ways, PermissionError for frames where the manager is not root.
+        """
+        ways = [
+            name is not None or offset is not None,
+            pfn is not None,
+            physical is not None,
+            pid is not None or address is not None,
+        ]
+        complete = (name is None) == (offset is None) and (pid is None) == (address is None)
+        if sum(ways) != 1 or not complete:
+            raise ValueError("report needs one of: name and offset, pfn=, physical=, pid= and address=")
+        if source == Source.INJECTED:
+            raise ValueError(f"source {source!r} is for simulated failures; use inject()")
+        if physical is not None:
+            pfn = physical // PAGE_SIZE
+        return self._report(
+            Report(
+                name=None if name is None else _name(name),
+                offset=offset,
+                pfn=pfn,
+                pid=pid,
+                address=address,
+                source=source,
+                action_required=action_required,
+            )
+        )
+
+    def _report(self, report: Report) -> Failure:
+        return self.connection.request(protocol.ReportPage(report), protocol.Handled).failure
+
+    # --- what is and what was
+
+    def objects(self) -> list[protocol.ObjectInfo]:
+        """All objects of the manager, sizes in bytes."""
+        return self.connection.request(protocol.ListObjects(), protocol.ObjectList).objects
+
+    def statistics(self) -> protocol.Statistics:
+        """What has happened since the manager started, sizes in bytes."""
+        return self.connection.request(protocol.GetStatistics(), protocol.StatisticsReply).statistics
+
+    def events(self) -> Iterator[event_log.LoggedEvent]:
+        """This manager's events, in order, from the log."""
+        place = self.connection.request(protocol.SyncLog(), protocol.LogPlace)
+        return event_log.read(Path(place.path), instance=place.instance)
+
+    # --- its life
+
+    def close(self) -> None:
+        """Flush and unmap all memories. Those that still have views stay, and so does the manager; a ResourceWarning
+        names them."""
+        if self.connection.closed:
+            return
+        kept = []
+        errors: list[Exception] = []
+        for memory in list(self._memories):
+            try:
+                memory.close()
+            except BufferError:
+                kept.append(memory.name)
+            except OSError as error:
+                errors.append(error)
+        if kept:
+            warnings.warn(f"still in use, kept by their views: {', '.join(kept)}", ResourceWarning, stacklevel=3)
+        else:
+            self.notices.close()
+            self.connection.close()
+        if errors:
+            raise errors[0]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _name(memory: str | Memory) -> str:
+    return memory if isinstance(memory, str) else memory.name
+
+
+class Manager(BaseManager):
+    """A private manager process, for this process and those that it tells `socket`.
+
+    `memory_limit` (bytes): drop clean file pages to stay within it. `offline_foreign` (root): hand reports on frames that
+    are not managed to the kernel. Raises `UnsupportedError` where userfaultfd can't be had, saying what to do.
+    """
+
+    def __init__(
+        self, *, memory_limit: int | None = None, offline_foreign: bool = False, without: Feature = NO_FEATURE
+    ) -> None:
+        if memory_limit is not None and memory_limit < PAGE_SIZE:
+            raise ValueError(f"memory_limit is in bytes and at least one page ({PAGE_SIZE}), not {memory_limit}")
+        if offline_foreign and os.geteuid():
+            raise PermissionError("offline_foreign needs root: the kernel's hard offline does")
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        command = [sys.executable, "-P", "-m", "hwpoison.service.daemon", "--channel", str(theirs.fileno())]
+        if memory_limit is not None:
+            command += ["--memory-limit", str(memory_limit)]
+        if offline_foreign:
+            command.append("--offline-foreign")
+        if without:
+            command += ["--without", str(without.name)]
+        with theirs:
+            # A session of its own: what the terminal sends to this program is not meant for its memory.
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        try:
+            connection = Connection(ours, "", without=without)
+        except BaseException:
+            ours.close()
+            self._process.kill()
+            self._process.wait()
+            raise
+        super().__init__(connection)
+        connection.socket_name = self.statistics().socket
+
+    def close(self) -> None:
+        """As `BaseManager.close`; then the manager process ends, if no other process uses it."""
+        super().close()
+        if self.connection.closed:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=10)
+
+
+class SharedManager(BaseManager):
+    """A manager that others use too; made by `connect`."""
+
+
+def connect(socket_name: str | None = None, *, maps: bool = True) -> SharedManager:
+    """The manager at `socket_name`, by default at `$HWPOISON_SOCKET`.
+
+    `maps=False` is for tools that only ask and report: no userfaultfd is needed. Raises ConnectionError.
+    """
+    socket_name = socket_name or os.environ.get(SOCKET_VARIABLE)
+    if not socket_name:
+        raise ConnectionError(f"no manager is named: pass its socket, or set {SOCKET_VARIABLE} (hwpoison run does)")
+    channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        channel.connect(protocol.address_of(socket_name))
+    except OSError as error:
+        channel.close()
+        raise ConnectionError(
+            error.errno, f"no manager serves at {socket_name}: {error.strerror}; start one with hwpoison serve"
+        ) from error
+    return SharedManager(Connection(channel, socket_name, maps=maps))
+
+
+_shared: dict[str, tuple[int, SharedManager]] = {}
+
+
+def attach_by_name(socket_name: str, name: str) -> Memory:
+    """What a pickled `Memory` becomes: attached in this process, through one connection for each manager."""
+    pid, manager = _shared.get(socket_name, (0, None))
+    if manager is None or pid != os.getpid() or manager.connection.closed:
+        manager = connect(socket_name)
+        _shared[socket_name] = (os.getpid(), manager)
+    return manager.attach(name)

@@ -1,0 +1,281 @@
+"""`Memory`: one object, mapped in this process."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy
+import numpy.typing
+
+from hwpoison import protocol
+from hwpoison.app.view import GuardedView, array_over
+from hwpoison.core.machine import Content
+from hwpoison.core.records import Notice
+from hwpoison.errors import PoisonError, Range
+from hwpoison.linux import syscalls, userfaultfd
+from hwpoison.linux.syscalls import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from hwpoison.app.manager import BaseManager
+    from hwpoison.app.notices import Handle
+
+
+class Memory:
+    """An object of a manager, mapped in this process. Made by `allocate`, `open` and `attach`, never directly.
+
+    `name`, `nbytes`, `kind` ("anonymous" or "file"), `writable` and `address` (of the mapping) are what they say. An
+    access through `buffer` or `array` to bytes that are lost is a SIGBUS; `read`, `write` and `guard` raise `PoisonError`.
+    """
+
+    def __init__(self, manager: BaseManager, found: protocol.Found, fd: int) -> None:
+        self._manager = manager
+        self._connection = manager.connection
+        self._found = found
+        self._fd = fd
+        self.name = found.name
+        self.nbytes = found.nbytes
+        self.kind = found.kind
+        self.writable = found.writable
+        self._mapping = self._map(guarded=False)
+        self.address = syscalls.address_of(self._mapping)
+        self._number = self._register(self._mapping, guarded=False).mapping
+        self._guarded: GuardedView | None = None
+        self.closed = False
+
+    # --- mapping
+
+    def _map(self, *, guarded: bool) -> mmap.mmap:
+        private = guarded or not self.writable
+        flags = mmap.MAP_PRIVATE if private else mmap.MAP_SHARED
+        protection = mmap.PROT_READ if private else mmap.PROT_READ | mmap.PROT_WRITE
+        nbytes = -(-self.nbytes // PAGE_SIZE) * PAGE_SIZE
+        mapping = mmap.mmap(self._fd, nbytes, flags, protection)
+        # A child would see absent pages as zeros, for everybody: it gets no mapping.
+        mapping.madvise(mmap.MADV_DONTFORK)
+        # A page within a large frame can't be isolated alone.
+        try:
+            mapping.madvise(syscalls.MADV_NOHUGEPAGE)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+        return mapping
+
+    def _register(self, mapping: mmap.mmap, *, guarded: bool) -> protocol.Mapped:
+        """Register it, and only then let the manager, and then anybody, know of it."""
+        opened = self._connection.userfaultfd
+        assert opened is not None
+        address = syscalls.address_of(mapping)
+        protect = self._found.protect and not guarded
+        mode = userfaultfd.MODE_MISSING | (userfaultfd.MODE_WRITE_PROTECT if protect else 0)
+        userfaultfd.register(opened.fd, address, len(mapping), mode)
+        if protect:
+            userfaultfd.protect(opened.fd, address, len(mapping), on=True)
+        mapped = self._connection.request(protocol.Map(self._found.object, address, guarded), protocol.Mapped)
+        self._connection.watch_mapping(mapping, mapped.mapping)
+        return mapped
+
+    def guarded_view(self) -> GuardedView:
+        """The second view of this memory, made at its first use and kept. For `hwpoison.guard`."""
+        self._check_open()
+        if self._guarded is None:
+            mapping = self._map(guarded=True)
+            mapped = self._register(mapping, guarded=True)
+            self._guarded = GuardedView(self._connection, mapping, mapped, self.name, self.nbytes)
+        return self._guarded
+
+    # --- views
+
+    @property
+    def buffer(self) -> memoryview:
+        """The mapping itself, `nbytes` long; writable unless the memory is a file opened "r"."""
+        self._check_open()
+        return memoryview(self._mapping)[: self.nbytes]
+
+    def array(
+        self,
+        dtype: numpy.typing.DTypeLike = "u1",
+        shape: int | tuple[int, ...] | None = None,
+        *,
+        offset: int = 0,
+        order: Literal["C", "F"] = "C",
+    ) -> numpy.ndarray[Any, Any]:
+        """A numpy array over the same bytes from byte `offset` on; `shape` None: as many items as there are.
+
+        Raises ValueError where the bytes do not suffice.
+        """
+        return array_over(self.buffer, dtype, shape, offset, order)
+
+    # --- content
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """A copy of bytes. Raises PoisonError, naming all that is lost of them; ValueError outside the memory."""
+        self._check_range(offset, nbytes)
+        view = self.guarded_view()
+        seen = view.enter()
+        try:
+            content = bytes(view.buffer[offset : offset + nbytes])
+        finally:
+            met = view.leave(seen)
+        if met:
+            raise PoisonError(met)
+        return content
+
+    def write(self, offset: int, data: Content) -> None:
+        """Store bytes. Lost pages that `data` covers whole are repaired.
+
+        Raises PoisonError, with nothing written, if a page that is covered in part is lost; ValueError outside the memory;
+        PermissionError if it is read-only. Pages that are lost while this writes are told by PoisonError too.
+        """
+        view = memoryview(data).cast("B")
+        self._check_range(offset, len(view))
+        if not self.writable:
+            raise PermissionError(errno.EACCES, f"{self.name!r} is open read-only; open it with mode 'r+'")
+        lost = self._lost_within(offset, len(view))
+        partly = [one for one in lost if not self._covered(one, offset, len(view))]
+        if partly:
+            raise PoisonError(partly)
+        for one in lost:
+            self.repair(one.offset, view[one.offset - offset : one.offset - offset + one.nbytes])
+        self._store(offset, view)
+
+    def _store(self, offset: int, view: memoryview) -> None:
+        """By system call, which says EFAULT where a store of our own would be a signal."""
+        done = 0
+        if self._connection.user_mode:
+            self._populate(offset, len(view), write=True)
+        while done < len(view):
+            try:
+                done += syscalls.write_memory(self.address + offset + done, view[done:])
+            except OSError as error:
+                if error.errno != errno.EFAULT:
+                    raise
+                self._populate(offset + done, min(len(view) - done, PAGE_SIZE), write=True)
+
+    def _populate(self, offset: int, nbytes: int, *, write: bool) -> None:
+        reply = self._connection.request(protocol.Populate(self._number, offset, nbytes, write), protocol.Ranges)
+        if reply.ranges:
+            raise PoisonError(Range(self.name, *one) for one in reply.ranges)
+
+    def prefetch(self, offset: int = 0, nbytes: int | None = None) -> None:
+        """Bring bytes in, and return when they are there; other threads run meanwhile.
+
+        A hint: what does not fit into the manager's memory limit, or can't be read, is left for its first access.
+        """
+        nbytes = self._rest(offset, nbytes)
+        self._connection.request(protocol.Prefetch(self._number, offset, nbytes), protocol.Done)
+
+    def flush(self) -> None:
+        """Write changes to the file and wait until they are on the disk. Nothing to do for anonymous memory.
+
+        Raises OSError exactly once for changes that were lost or could not be written: EIO, or the file system's reason.
+        """
+        self._check_open()
+        self._connection.request(protocol.Flush(self._number), protocol.Done)
+
+    # --- losses
+
+    def lost(self) -> list[Range]:
+        """The ranges that are lost, whole pages, by offset."""
+        self._check_open()
+        reply = self._connection.request(protocol.Lost(self._number), protocol.Ranges)
+        return [Range(self.name, *one) for one in reply.ranges]
+
+    def repair(self, offset: int, data: Content) -> int:
+        """Give lost pages their right content, each in one step: nobody ever sees zeros. Returns the bytes repaired.
+
+        `data` covers whole pages; those of them that are not lost stay as they are. Raises ValueError if it does not,
+        PermissionError if the memory is read-only.
+        """
+        view = memoryview(data).cast("B")
+        self._check_range(offset, len(view))
+        repaired = 0
+        for start in range(0, len(view), protocol.DATA_LIMIT):
+            piece = bytes(view[start : start + protocol.DATA_LIMIT])
+            request = protocol.Repair(self._number, offset + start, piece)
+            repaired += self._connection.request(request, protocol.Count).nbytes
+        return repaired
+
+    def discard(self, offset: int = 0, nbytes: int | None = None) -> int:
+        """Give up lost pages: they get zeros, or what the file holds now. Returns the bytes discarded.
+
+        Pages that are not lost stay as they are. Raises OSError if the file can't be read.
+        """
+        nbytes = self._rest(offset, nbytes)
+        return self._connection.request(protocol.Discard(self._number, offset, nbytes), protocol.Count).nbytes
+
+    def on_failure(self, function: Callable[[Notice], object]) -> Handle:
+        """Call `function` with a `Notice` for each loss from now on, on the thread "hwpoison-notices".
+
+        Its exceptions go to the logger "hwpoison". Returns a handle with `cancel()`.
+        """
+        self._check_open()
+        return self._manager.notices.add(self, function)
+
+    def _lost_within(self, offset: int, nbytes: int) -> list[Range]:
+        """The lost pages that lie in the range at least in part."""
+        end = offset + nbytes
+        pages = []
+        for one in self.lost() if nbytes else ():
+            for start in range(one.offset, one.offset + one.nbytes, PAGE_SIZE):
+                if start < end and offset < min(start + PAGE_SIZE, self.nbytes):
+                    pages.append(Range(self.name, start, min(PAGE_SIZE, self.nbytes - start)))
+        return pages
+
+    @staticmethod
+    def _covered(page: Range, offset: int, nbytes: int) -> bool:
+        return offset <= page.offset and page.offset + page.nbytes <= offset + nbytes
+
+    # --- its life
+
+    def close(self) -> None:
+        """Flush, and unmap. Raises BufferError, with everything still usable, if there are views."""
+        if self.closed:
+            return
+        if self.writable:
+            self.flush()
+        if self._guarded is not None:
+            self._guarded.close()
+            self._guarded = None
+        try:
+            self._mapping.close()
+        except BufferError:
+            raise BufferError(f"{self.name!r} has views (arrays or memoryviews); delete them before close()") from None
+        self.closed = True
+        os.close(self._fd)
+        self._connection.request(protocol.Unmap(self._number), protocol.Done)
+        self._manager.forget(self)
+
+    def __enter__(self) -> Memory:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Callable[[str, str], Memory], tuple[str, str]]:
+        from hwpoison.app.manager import attach_by_name  # noqa: PLC0415  (managers make memories)
+
+        return attach_by_name, (self._connection.socket_name, self.name)
+
+    def __repr__(self) -> str:
+        return f"<hwpoison.Memory {self.name!r} {self.kind} {self.nbytes} bytes at {self.address:#x}>"
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ValueError(f"memory {self.name!r} is closed")
+
+    def _check_range(self, offset: int, nbytes: int) -> None:
+        self._check_open()
+        if offset < 0 or nbytes < 0 or offset + nbytes > self.nbytes:
+            raise ValueError(
+                f"{nbytes} bytes at offset {offset} are not within {self.name!r}, which has {self.nbytes} bytes"
+            )
+
+    def _rest(self, offset: int, nbytes: int | None) -> int:
+        nbytes = self.nbytes - offset if nbytes is None else nbytes
+        self._check_range(offset, nbytes)
+        return nbytes

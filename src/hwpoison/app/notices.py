@@ -1,0 +1,95 @@
+"""How a process is told of losses early: one thread that reads what the manager sends and calls functions."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from hwpoison import protocol
+from hwpoison.core.records import Notice, Outcome, State
+
+if TYPE_CHECKING:
+    from hwpoison.app.connection import Connection
+    from hwpoison.app.memory import Memory
+
+log = logging.getLogger("hwpoison")
+
+
+class Handle:
+    """What `on_failure` returns."""
+
+    def __init__(self, notices: Notices, name: str, function: Callable[[Notice], object]) -> None:
+        self._notices = notices
+        self._entry = (name, function)
+
+    def cancel(self) -> None:
+        """Call the function no more."""
+        self._notices.remove(self._entry)
+
+
+class Notices:
+    """The functions of one connection, and the thread that calls them, which starts with the first."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+        self._functions: list[tuple[str, Callable[[Notice], object]]] = []
+        self._memories: dict[str, Memory] = {}
+        self._channel: socket.socket | None = None
+
+    def add(self, memory: Memory, function: Callable[[Notice], object]) -> Handle:
+        """Call `function` for each loss of `memory`."""
+        with self._lock:
+            self._functions.append((memory.name, function))
+            self._memories[memory.name] = memory
+            if self._channel is None:
+                self._channel = self._connection.new_channel(protocol.Listen())
+                threading.Thread(target=self._run, args=(self._channel,), name="hwpoison-notices", daemon=True).start()
+        return Handle(self, memory.name, function)
+
+    def remove(self, entry: tuple[str, Callable[[Notice], object]]) -> None:
+        with self._lock:
+            if entry in self._functions:
+                self._functions.remove(entry)
+
+    def _run(self, channel: socket.socket) -> None:
+        while True:
+            try:
+                data, _ = protocol.receive(channel)
+            except OSError:
+                return
+            if not data:
+                return
+            try:
+                self._deliver(protocol.decode_reply(data))
+            except Exception:
+                log.exception("a notice could not be delivered")
+
+    def _deliver(self, message: protocol.Reply) -> None:
+        if isinstance(message, protocol.Told):
+            self._call(message.notice)
+        elif isinstance(message, protocol.Missed):
+            for memory in list(self._memories.values()):
+                if not memory.closed:
+                    for name, offset, nbytes in memory.lost():
+                        self._call(Notice(event_id="", name=name, offset=offset, nbytes=nbytes, state=State.UNKNOWN,
+                                          outcome=Outcome.RECOVERED, reason="too many losses to tell each"))  # fmt: skip
+
+    def _call(self, notice: Notice) -> None:
+        with self._lock:
+            functions = [function for name, function in self._functions if name == notice.name]
+        for function in functions:
+            try:
+                function(notice)
+            except Exception:
+                log.exception("on_failure: %r failed", function)
+
+    def close(self) -> None:
+        """End the thread, after what it is doing."""
+        if self._channel is not None:
+            self._channel.shutdown(socket.SHUT_RDWR)
+            self._channel.close()
+            self._channel = None

@@ -1,0 +1,366 @@
+"""The handling of one report that a page is bad, from its arrival to its outcome.
+
+`memory_failure` is the story. `TABLE` decides: the first row whose condition fits says what the page is, what is done,
+and, with the action's result, what the outcome is; the last row fits everything. A row is added here only together with a
+test that reaches it with real processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from enum import IntFlag
+from typing import TYPE_CHECKING
+
+from hwpoison.core.locks import Held
+from hwpoison.core.machine import Frame, StaleFrameError
+from hwpoison.core.objects import Kind, Loss, MemoryObject
+from hwpoison.core.pages import DIRTY, LOST, POISONED, PRESENT, WRITEBACK
+from hwpoison.core.records import Failure, Outcome, Report, State
+from hwpoison.core.recovery import UnreadableError, declare_unreadable, isolate, lose, lose_block, read_in, watch
+
+if TYPE_CHECKING:
+    from hwpoison.core.manager import MemoryManager
+
+WAIT_LIMIT_SECONDS = 30.0
+"""How long a failure waits for a page that is being read in or written back, before it decides all the same."""
+LOCK_REPORT_SECONDS = 1.0
+"""A wait longer than this is reported."""
+
+
+class Condition(IntFlag):
+    """What can be seen of a page from outside."""
+
+    RESERVED = 1
+    OWNED = 2
+    POISONED = 4
+    CLOSED = 8
+    PRESENT = 16
+    FILE = 32
+    ANONYMOUS = 64
+    DIRTY = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a report points: a page of an object, or a frame or address that is not ours."""
+
+    object: MemoryObject | None = None
+    page: int = -1
+    reserved: bool = False
+    pfn: int | None = None
+    quarantined: bool = False
+    """The frame was taken out of its object before."""
+
+
+@dataclass(slots=True)
+class Handling:
+    """One failure under way: what the actions need and what they leave for the outcome."""
+
+    manager: MemoryManager
+    report: Report
+    event_id: str
+    place: Place
+    state: State = State.UNKNOWN
+    victims: tuple[int, ...] = ()
+    reason: str = ""
+
+    @property
+    def object(self) -> MemoryObject:
+        assert self.place.object is not None
+        return self.place.object
+
+    @property
+    def page(self) -> int:
+        return self.place.page
+
+    def loss(self, reason: str = "") -> Loss:
+        return Loss(self.event_id, self.state, Outcome.RECOVERED, reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """If `condition & mask == value`, the page is in `state` and `action` is taken."""
+
+    mask: Condition
+    value: Condition
+    state: State
+    action: Callable[[Handling], Awaitable[Outcome]]
+    does: str
+    """What the action does, for `docs/states.md`."""
+
+
+async def memory_failure(manager: MemoryManager, report: Report) -> Failure:
+    """Handle `report`. Never raises for what it finds; every way out goes through `_finish`."""
+    started = asyncio.get_running_loop().time()
+    place = await _locate(manager, report)
+    handling = Handling(manager, report, manager.new_event_id(), place)
+    _record_report(handling)
+    row = identify(_observe(place))
+    if row.state in DECIDED_WITHOUT_LOCK:
+        return _finish(handling, row, await _act(handling, row), started)
+
+    # From here on nobody else handles this page: the flag was clear (else the row had been "already poisoned page").
+    object_, page = handling.object, handling.page
+    object_.pages.set(POISONED, page)
+    held = object_.locks.hold(page)
+    try:
+        if not await _locked(handling, held):
+            handling.state = row.state
+            return _finish(handling, row, Outcome.FAILED, started)
+        try:
+            await _io_settled(handling)
+            row = identify(_observe(place) & ~Condition.POISONED)
+            outcome = await _act(handling, row)
+        finally:
+            object_.locks.release(held)
+    finally:
+        if not object_.pages.flags[page] & LOST:
+            object_.pages.clear(POISONED, page)
+    return _finish(handling, row, outcome, started)
+
+
+async def _locate(manager: MemoryManager, report: Report) -> Place:
+    """The page that a report means."""
+    if report.name is not None:
+        object_ = manager.find(report.name)
+        assert report.offset is not None
+        return Place(object_, object_.pages_of(report.offset, 1)[0])
+    if report.pfn is not None:
+        if manager.machine.quarantined(report.pfn):
+            return Place(pfn=report.pfn, quarantined=True)
+        found = await manager.find_frame(report.pfn)
+        if found is not None:
+            return Place(*found, pfn=report.pfn)
+        return Place(pfn=report.pfn, reserved=manager.machine.reserved(number=report.pfn))
+    assert report.pid is not None and report.address is not None
+    for client in manager.clients_of(report.pid):
+        mapping = client.find(report.address)
+        if mapping is not None:
+            return Place(mapping.object, mapping.page(report.address))
+    return Place(reserved=manager.machine.reserved(pid=report.pid))
+
+
+def _observe(place: Place) -> Condition:
+    """The condition of the place, now."""
+    seen = Condition(0)
+    if place.reserved:
+        seen |= Condition.RESERVED
+    if place.quarantined:
+        seen |= Condition.OWNED | Condition.POISONED
+    if place.object is None:
+        return seen
+    flags = place.object.pages.flags[place.page]
+    seen |= Condition.OWNED
+    seen |= Condition.FILE if place.object.kind is Kind.FILE else Condition.ANONYMOUS
+    if flags & POISONED:
+        seen |= Condition.POISONED
+    if place.object.closed:
+        seen |= Condition.CLOSED
+    if flags & PRESENT:
+        seen |= Condition.PRESENT
+    if flags & (DIRTY | WRITEBACK):
+        # What has waited for write-back and is still on its way is not surely in the file.
+        seen |= Condition.DIRTY
+    return seen
+
+
+def identify(condition: Condition) -> Row:
+    """The first row that fits."""
+    for row in TABLE:
+        if condition & row.mask == row.value:
+            return row
+    raise AssertionError("the last row of the table fits everything")
+
+
+async def _locked(handling: Handling, held: Held) -> bool:
+    """Take the page lock, however long that takes; bounded, and a long wait is reported. False if the bound was met."""
+    locks = handling.object.locks
+    for limit in (LOCK_REPORT_SECONDS, WAIT_LIMIT_SECONDS - LOCK_REPORT_SECONDS):
+        try:
+            async with asyncio.timeout(limit):
+                await locks.acquire(held)
+        except TimeoutError:
+            handling.reason = "the page stayed locked: it is being read in, or a client holds up its own mapping"
+            handling.manager.record("error", event_id=handling.event_id, detail=handling.reason)
+        else:
+            handling.reason = ""
+            return True
+    return False
+
+
+async def _io_settled(handling: Handling) -> None:
+    """Until the locked page is not on its way to its file; bounded."""
+    try:
+        async with asyncio.timeout(WAIT_LIMIT_SECONDS):
+            await handling.object.written_back(handling.page)
+    except TimeoutError:
+        handling.reason = f"write-back did not end within {WAIT_LIMIT_SECONDS:.0f} s"
+
+
+async def _act(handling: Handling, row: Row) -> Outcome:
+    handling.state = row.state
+    try:
+        return await row.action(handling)
+    except StaleFrameError:
+        # Compaction has moved the page since it was found: the frame of the report is not ours any more.
+        handling.reason = "the page has moved to another frame"
+        return Outcome.IGNORED
+
+
+def _record_report(handling: Handling) -> None:
+    report, place = handling.report, handling.place
+    urgency = "action required" if report.action_required else "action optional"
+    handling.manager.record(
+        "report",
+        place.object,
+        place.page,
+        event_id=handling.event_id,
+        pid=report.pid or 0,
+        detail=f"{report.source}, {urgency}" + ("" if report.name else f", {report.where}"),
+    )
+
+
+def _finish(handling: Handling, row: Row, outcome: Outcome, started: float) -> Failure:
+    """The one way out: make the result, count it, record it, say it."""
+    manager, place = handling.manager, handling.place
+    failure = Failure(
+        event_id=handling.event_id,
+        state=row.state,
+        outcome=outcome,
+        victims=handling.victims,
+        latency_us=(asyncio.get_running_loop().time() - started) * 1e6,
+        name=place.object.name if place.object else None,
+        offset=place.page * place.object.page_size if place.object else None,
+        nbytes=place.object.nbytes_of(place.page, 1) if place.object else 0,
+        reason=handling.reason,
+    )
+    manager.statistics.count(failure)
+    manager.record(
+        "outcome",
+        place.object,
+        place.page,
+        event_id=failure.event_id,
+        state=failure.state,
+        outcome=failure.outcome,
+        detail=failure.reason,
+    )
+    where = f"{failure.name}+{failure.offset:#x}" if failure.name else handling.report.where
+    manager.observer.failure(where, failure)
+    return failure
+
+
+# --- the actions -----------------------------------------------------------------------------------------------------
+
+
+async def _ignore(handling: Handling) -> Outcome:
+    return Outcome.IGNORED
+
+
+async def _already(handling: Handling) -> Outcome:
+    """Nothing more can be done for the page; who touched it must learn."""
+    handling.reason = "EHWPOISON"
+    place = handling.place
+    if handling.report.action_required and place.object is not None:
+        # Each access to a lost page fails by itself; the victims of this report are those who have it before them.
+        handling.victims = tuple(
+            sorted(
+                {
+                    mapping.client.pid
+                    for mapping in place.object.mappings.covering(place.page)
+                    if handling.report.pid in (None, mapping.client.pid)
+                }
+            )
+        )
+    return Outcome.FAILED
+
+
+async def _foreign(handling: Handling) -> Outcome:
+    """Not ours. Handed on to the kernel only where the operator wanted that, and never because of a simulated report."""
+    manager, report = handling.manager, handling.report
+    if report.pfn is not None and manager.offline_foreign and not report.simulated:
+        try:
+            await manager.machine.offline(report.pfn)
+        except OSError as error:
+            handling.reason = f"the kernel's hard offline failed: {error.strerror}"
+        else:
+            handling.reason = "handed to the kernel's hard offline"
+    return Outcome.IGNORED
+
+
+async def _nothing_there(handling: Handling) -> Outcome:
+    """No frame is behind an absent page; the next access brings a good one."""
+    return Outcome.RECOVERED
+
+
+async def _lose(handling: Handling) -> Outcome:
+    """The only copy is gone: isolate, and tell the owners."""
+    manager, object_, page = handling.manager, handling.object, handling.page
+    frame = isolate(object_, page, handling.place.pfn)
+    if object_.kind is Kind.FILE:
+        object_.error_sequence += 1
+    if frame is None:
+        return _lose_block(handling)
+    isolated = _quarantine(handling, frame)
+    handling.victims = lose(manager, object_, page, handling.loss())
+    return isolated
+
+
+def _lose_block(handling: Handling) -> Outcome:
+    handling.reason = "the page is part of a large frame, which was given up whole"
+    handling.victims = lose_block(handling.manager, handling.object, handling.page, handling.loss(handling.reason))
+    return Outcome.FAILED
+
+
+async def _read_again(handling: Handling) -> Outcome:
+    """The file has it: isolate, and read it again, at once if anybody maps it."""
+    manager, object_, page = handling.manager, handling.object, handling.page
+    frame = isolate(object_, page, handling.place.pfn)
+    if frame is None:
+        return _lose_block(handling)
+    isolated = _quarantine(handling, frame)
+    await watch(object_, page, 1)
+    if object_.mappings.covering(page):
+        try:
+            await read_in(manager, object_, page, 1)
+        except UnreadableError as error:
+            handling.reason = str(error)
+            handling.victims = await declare_unreadable(manager, object_, page, error, handling.event_id)
+        else:
+            manager.record("refill", object_, page, event_id=handling.event_id)
+    return isolated
+
+
+def _quarantine(handling: Handling, frame: Frame) -> Outcome:
+    """Hold the frame for ever. Where the system allows no more of that, it goes back to it: the page is recovered, the
+    frame is not isolated."""
+    handling.manager.reclaim.left(1)
+    try:
+        frame.quarantine()
+    except OSError as error:
+        handling.reason = f"the quarantine is full: {error.strerror}"
+        return Outcome.FAILED
+    handling.manager.statistics.quarantined += 1
+    return Outcome.RECOVERED
+
+
+C = Condition
+TABLE: tuple[Row, ...] = (
+    Row(C.RESERVED, C.RESERVED, State.RESERVED, _ignore, "nothing: it is the manager's own memory"),
+    Row(C.OWNED | C.POISONED, C.OWNED | C.POISONED, State.ALREADY_POISONED, _already,
+        "nothing more: the first report is or was handled; EHWPOISON, not counted twice"),
+    Row(C.OWNED | C.CLOSED, C.OWNED | C.CLOSED, State.TRUNCATED, _ignore, "nothing: nobody can reach it any more"),
+    Row(C.OWNED | C.PRESENT, C.OWNED, State.FREE, _nothing_there, "nothing is there; the next access gets a good frame"),
+    Row(C.OWNED | C.FILE | C.DIRTY, C.OWNED | C.FILE | C.DIRTY, State.DIRTY_FILE, _lose,
+        "isolated; the content is lost, the owners are told, flush() raises EIO once per handle"),
+    Row(C.OWNED | C.FILE, C.OWNED | C.FILE, State.CLEAN_FILE, _read_again,
+        "isolated and read again from the file; nobody is told"),
+    Row(C.OWNED | C.ANONYMOUS, C.OWNED | C.ANONYMOUS, State.ANONYMOUS, _lose,
+        "isolated; the content is lost, the owners are told"),
+    Row(C(0), C(0), State.UNKNOWN, _foreign, "nothing: it is not ours; see --offline-foreign"),
+)  # fmt: skip
+"""All that a page can be. `docs/states.md` is made from this."""
+
+DECIDED_WITHOUT_LOCK = frozenset({State.RESERVED, State.ALREADY_POISONED, State.UNKNOWN})
+"""States that no wait can change."""

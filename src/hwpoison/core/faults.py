@@ -1,0 +1,203 @@
+"""What happens when a client touches a page that it can't have at once.
+
+Three things can be the matter: the page is absent (bring it in), it is lost (say so), or it is watched for its first
+write (note the dirt). Each fault ends with a wake, whatever happens: a thread that sleeps in a fault cannot help itself.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hwpoison.core.locks import Held
+from hwpoison.core.machine import Content
+from hwpoison.core.mappings import Client, Mapping
+from hwpoison.core.objects import MemoryObject
+from hwpoison.core.pages import DIRTY, LOST, PRESENT
+from hwpoison.core.policy import answer_lost
+from hwpoison.core.readahead import next_window
+from hwpoison.core.recovery import UnreadableError, declare_unreadable, read_in
+
+if TYPE_CHECKING:
+    from hwpoison.core.manager import MemoryManager
+
+READ_AHEAD_PAGES = 512
+"""Most pages that one fault brings in: 2 MiB of 4 KiB pages."""
+PIECE_PAGES = 128
+"""Pages of a window that are read, published and let go of together: the accessor goes on after the first piece."""
+WRITE_AROUND_PAGES = 64
+"""Most pages that one fault declares dirty, when writes are sequential. Each is a page that a failure would lose."""
+
+
+def fault(manager: MemoryManager, client: Client, address: int, thread: int, *, write: bool, protected: bool) -> None:
+    """A thread of `client` sleeps in a fault at `address` (page aligned). Called by the machine; never waits."""
+    manager.statistics.faults += 1
+    mapping = client.find(address)
+    if mapping is None:
+        manager.start(_stray(client, address), f"stray fault of {client.number}")
+    elif protected or not _at_once(manager, mapping, mapping.page(address), write):
+        manager.start(
+            _served(manager, mapping, mapping.page(address), thread, write, protected), f"fault of {client.number}"
+        )
+
+
+def _at_once(manager: MemoryManager, mapping: Mapping, page: int, write: bool) -> bool:
+    """The common cases, without a task: the page has come meanwhile, or is one page of a cached file, or of zeros."""
+    object_ = mapping.object
+    if not object_.locks.free(page):
+        return False
+    flags = object_.pages.flags[page]
+    if flags & PRESENT:
+        mapping.wake(page)
+        return True
+    if flags or page in mapping.reads or (write and object_.tracks_dirt) or not manager.reclaim.room(1):
+        return False
+    backing = object_.backing
+    if backing is None:
+        content: Content = manager.zero_page
+    else:
+        if backing.writing or backing.file.identity() != backing.identity:
+            return False
+        nbytes = object_.nbytes_of(page, 1)
+        cached = backing.file.read_cached(backing.offset + page * object_.page_size, nbytes)
+        if cached is None or len(cached) < nbytes or backing.file.identity() != backing.identity:
+            return False
+        content = cached if nbytes == object_.page_size else bytes(cached).ljust(object_.page_size, b"\0")
+    object_.store.publish(page, content)
+    object_.pages.arrived(page, 1, manager.reclaim.arrived(object_, 1))
+    mapping.wake(page)
+    manager.statistics.pages_read += 1
+    next_window(mapping.reads, page, 1)
+    return True
+
+
+async def _served(manager: MemoryManager, mapping: Mapping, page: int, thread: int, write: bool, protected: bool) -> None:
+    try:
+        if protected:
+            await _first_write(manager, mapping, page, thread)
+        else:
+            await _missing(manager, mapping, page, thread, write)
+    except Exception as error:  # noqa: BLE001
+        # Nobody may sleep for ever because of a defect of ours: the access fails, loudly.
+        manager.observer.defect(f"fault at page {page} of {mapping.object.name}", error)
+        mapping.markers.add(page)
+        await mapping.client.space.poison(mapping.address_of(page))
+    finally:
+        mapping.wake(page)
+
+
+async def _missing(manager: MemoryManager, mapping: Mapping, page: int, thread: int, write: bool) -> None:
+    object_ = mapping.object
+    window = next_window(mapping.reads, page, min(READ_AHEAD_PAGES, manager.reclaim.largest_window))
+    window = max(1, object_.pages.absent_from(page, window))
+    async with object_.locks.hold(page, window) as held:
+        flags = object_.pages.flags[page]
+        if flags & LOST or object_.closed:
+            await answer_lost(manager, mapping, page, thread)
+        elif flags & PRESENT:
+            return
+        else:
+            # While this waited for the lock, others may have brought pages of the window in.
+            window = max(1, object_.pages.absent_from(page, window))
+            try:
+                await bring_in(manager, object_, held, window, mapping if write else None, mapping)
+            except UnreadableError as error:
+                await declare_unreadable(manager, object_, page, error)
+                await answer_lost(manager, mapping, page, thread)
+
+
+async def bring_in(
+    manager: MemoryManager,
+    object_: MemoryObject,
+    held: Held,
+    count: int,
+    writer: Mapping | None,
+    waiter: Mapping | None,
+) -> None:
+    """Bring in `count` absent pages from the front of `held`, piece by piece, letting go of each piece.
+
+    `writer` is about to write to the first page; `waiter` sleeps on it. Raises `UnreadableError` if the first page can't
+    be had; if a later one can't, that is found when somebody wants it.
+    """
+    first = held.first
+    piece = min(count, PIECE_PAGES)
+    while count:
+        page, piece = held.first, min(count, piece)
+        try:
+            await read_in(manager, object_, page, piece)
+        except UnreadableError:
+            if piece > 1:
+                piece = 1
+                continue
+            if page > first:
+                return
+            raise
+        if page == first:
+            if writer is not None and object_.tracks_dirt:
+                await _dirty(writer, page, 1)
+            if waiter is not None:
+                waiter.wake(page)
+        count -= piece
+        if count:
+            held.release_front(piece)
+
+
+async def _first_write(manager: MemoryManager, mapping: Mapping, page: int, thread: int) -> None:
+    object_ = mapping.object
+    window = next_window(mapping.writes, page, WRITE_AROUND_PAGES)
+    window = min(window, object_.pages.count - page)
+    async with object_.locks.hold(page, window):
+        flags = object_.pages.flags
+        if flags[page] & LOST or object_.closed:
+            await answer_lost(manager, mapping, page, thread)
+            return
+        count = 0
+        while count < window and flags[page + count] & PRESENT:
+            count += 1
+        # An absent page: taken away while this fault waited. It comes again as a missing page.
+        if count:
+            await _dirty(mapping, page, count)
+
+
+async def _dirty(mapping: Mapping, first: int, count: int) -> None:
+    """Present pages, locked, are about to be written to through `mapping`: first note it, then let it happen."""
+    for page in range(first, first + count):
+        mapping.object.pages.set(DIRTY, page)
+    await mapping.client.space.unprotect(mapping.address_of(first), count * mapping.object.page_size)
+
+
+async def populate(manager: MemoryManager, mapping: Mapping, first: int, count: int, *, write: bool) -> list[int]:
+    """Make pages fit for a system call through `mapping`; the pages that are lost are returned."""
+    object_ = mapping.object
+    lost = []
+    page, end = first, first + count
+    while page < end:
+        window = max(1, object_.pages.absent_from(page, min(end - page, READ_AHEAD_PAGES)))
+        async with object_.locks.hold(page, window) as held:
+            flags = object_.pages.flags[page]
+            if flags & LOST or object_.closed:
+                lost.append(page)
+                window = 1
+            elif flags & PRESENT:
+                window = 1
+                if write and object_.tracks_dirt:
+                    await _dirty(mapping, page, 1)
+            else:
+                window = max(1, object_.pages.absent_from(page, window))
+                try:
+                    await bring_in(manager, object_, held, window, mapping if write else None, None)
+                except UnreadableError as error:
+                    await declare_unreadable(manager, object_, page, error)
+                    lost.append(page)
+                    window = 1
+                else:
+                    if write:
+                        window = 1
+        page += window
+    return lost
+
+
+async def _stray(client: Client, address: int) -> None:
+    """A fault where the client has told us of no mapping. It must not be woken into the same fault for ever."""
+    page_size = client.page_size
+    await client.space.poison(address)
+    client.space.wake(address, page_size)

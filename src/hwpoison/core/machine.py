@@ -1,0 +1,183 @@
+"""What the core needs from a machine: the only door between the logic and an operating system.
+
+There are exactly two implementations, `hwpoison.linux` and `hwpoison.simulation`; one suite in `tests/contract` runs on
+both. A method that is one short system call is a plain `def`: nothing else of the manager runs during it. A method
+that may sleep (a file, a client's mmap lock, much memory to copy) is an `async def`. Methods may be added here only
+together with their contract case. Errors are `OSError` with the kernel's errno.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import NamedTuple, Protocol
+
+Content = bytes | bytearray | memoryview
+
+
+class Identity(NamedTuple):
+    """Which version of which file: equal values mean that nobody has changed it (as far as the file system tells)."""
+
+    device: int
+    inode: int
+    nbytes: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+class Telling(Enum):
+    """What a SIGBUS sent to a thread would do to it."""
+
+    HANDLED = "handled"
+    FATAL = "fatal"
+    IGNORED = "ignored"
+    BLOCKED = "blocked"
+
+
+class NotIsolatedError(OSError):
+    """A page was punched out and is still there: its frame is part of a larger one that somebody holds."""
+
+
+class StaleFrameError(OSError):
+    """The page is in another frame by now."""
+
+
+class Frame(Protocol):
+    """A page that was taken out of its object: pinned, mapped nowhere. Exactly one of the methods ends its use."""
+
+    @property
+    def number(self) -> int | None:
+        """The PFN, where this process may know it."""
+
+    def content(self) -> bytes:
+        """The bytes, every store that any process has made included; the frame goes back to the system."""
+
+    def quarantine(self) -> None:
+        """Hold the frame for ever, unread."""
+
+    def release(self) -> None:
+        """Give the frame back to the system, unread."""
+
+
+class Store(Protocol):
+    """The memory of one object. Pages that were never published, or were taken or dropped, are absent."""
+
+    def take(self, page: int, number: int | None = None) -> Frame | None:
+        """Pin the page's frame and remove the page from the object and every process; None if it was absent.
+
+        Raises `StaleFrameError`, and does nothing, if `number` is given and the page is in another frame, and
+        `NotIsolatedError` if the page is still there afterwards.
+        """
+
+    def drop(self, first: int, count: int) -> None:
+        """Remove pages from the object and every process, and let their frames go."""
+
+    def publish(self, first: int, content: Content) -> None:
+        """Make absent pages present with `content` (whole pages). For a few pages: it runs on the event loop."""
+
+    async def fill(self, first: int, content: Content) -> None:
+        """As `publish`, for any number of pages, without holding up anybody else."""
+
+    def content(self, first: int, count: int) -> bytes:
+        """The bytes of pages, all of which must be present."""
+
+    def close(self) -> None:
+        """The object is gone; clients that still map it keep what is present."""
+
+
+class Space(Protocol):
+    """A client's address space, reached through its userfaultfd. Addresses and sizes are in bytes, page aligned.
+
+    A space whose process is gone answers every method as if it had succeeded: nobody is left to be told.
+    """
+
+    @property
+    def pid(self) -> int: ...
+
+    def wake(self, address: int, nbytes: int) -> None:
+        """Let the threads that sleep in a fault in the range try again."""
+
+    async def protect(self, address: int, nbytes: int) -> None:
+        """From now on the first write to each page of the range, present or absent, is a fault."""
+
+    async def unprotect(self, address: int, nbytes: int) -> None:
+        """Writes are no faults any more. Wakes nobody."""
+
+    async def poison(self, address: int) -> bool:
+        """Make accesses to the absent page SIGBUS (EFAULT in system calls). False if it is not absent here."""
+
+    async def unpoison(self, address: int, *, protect: bool) -> None:
+        """Replace a poison marker by the page, which must be present in the object."""
+
+    async def show_zeros(self, address: int) -> None:
+        """Give a private mapping a page of zeros of its own in place of the absent page. Wakes nobody."""
+
+    def telling(self, thread: int) -> Telling:
+        """What would become of a SIGBUS sent to `thread` now."""
+
+    def signal(self, thread: int, address: int) -> None:
+        """Send SIGBUS to `thread`, the address in its value: where poison markers do not exist."""
+
+    def kill(self) -> None:
+        """SIGKILL."""
+
+
+class Hits(Protocol):
+    """The word that a guarded view shares with the manager: is it in use, and how many losses has it met.
+
+    `hit` is ordered before the answer to the fault, so a thread that got zeros can be sure that the count shows it.
+    """
+
+    @property
+    def guarded(self) -> bool:
+        """True while at least one guard is open on the view."""
+
+    def hit(self) -> int:
+        """Count one more loss; the new count."""
+
+
+class File(Protocol):
+    """A file behind an object. Offsets are the file's, in bytes."""
+
+    def identity(self) -> Identity: ...
+
+    def read_cached(self, offset: int, nbytes: int) -> Content | None:
+        """The bytes, if they can be had without waiting; the buffer is valid until the next call."""
+
+    async def read(self, offset: int, nbytes: int) -> Content:
+        """The bytes, fewer only at the end of the file."""
+
+    async def write(self, offset: int, content: Content) -> None:
+        """Write it all."""
+
+    async def sync(self) -> None:
+        """All that was written is on the disk when this returns."""
+
+    def close(self) -> None: ...
+
+
+class Machine(Protocol):
+    """The operating system."""
+
+    @property
+    def page_size(self) -> int: ...
+
+    @property
+    def poison_markers(self) -> bool:
+        """True if `Space.poison` exists here (Linux 6.6 and newer)."""
+
+    def create(self, name: str, nbytes: int) -> Store:
+        """Memory for a new object, all of it absent."""
+
+    async def find_frame(self, number: int, stores: Sequence[tuple[Store, Callable[[int], bool]]]) -> tuple[int, int] | None:
+        """Which of the stores (its index) and which page of it frame `number` is. Each store comes with a function that
+        tells which of its pages are present."""
+
+    def quarantined(self, number: int) -> bool:
+        """True if the frame is held in quarantine."""
+
+    def reserved(self, *, pid: int | None = None, number: int | None = None) -> bool:
+        """True if the process is the manager, or the frame is part of the manager's own memory."""
+
+    async def offline(self, number: int) -> None:
+        """Hand a frame that is not ours to the kernel's hard offline."""

@@ -1,0 +1,144 @@
+"""The reverse map: from a page of an object to the mappings that cover it, and from a client's address to its mapping.
+
+The kernel walks every process to find out who maps a page. Here a failure costs in proportion to the mappings of that
+page. All mappings of an object that start at the same page are neighbours in one sorted list; in practice nearly every
+mapping covers its whole object.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right, insort
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from hwpoison.core.machine import Hits, Space
+
+if TYPE_CHECKING:
+    from hwpoison.core.objects import MemoryObject
+
+
+class Mapping:
+    """One client's view of pages `first` to `first + count` of an object, at `address`.
+
+    `hits` is there for a guarded view, and `met` are the lost pages that it has been shown as zeros, in order: one for
+    each count of `hits`, but for the first `met_before` of them, which are forgotten. `markers` are the pages at which a
+    poison marker was left. `reads` and `writes` are the sequential streams, see `core.readahead`.
+    """
+
+    __slots__ = (
+        "address", "client", "count", "error_seen", "first", "hits", "markers", "met", "met_before", "number", "object",
+        "reads", "writes",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        number: int,
+        client: Client,
+        object_: MemoryObject,
+        address: int,
+        first: int,
+        count: int,
+        hits: Hits | None,
+    ) -> None:
+        self.number = number
+        self.client = client
+        self.object = object_
+        self.address = address
+        self.first = first
+        self.count = count
+        self.hits = hits
+        self.markers: set[int] = set()
+        self.met: list[int] = []
+        self.met_before = 0
+        self.reads: dict[int, int] = {}
+        self.writes: dict[int, int] = {}
+        self.error_seen = object_.error_sequence
+
+    @property
+    def end_address(self) -> int:
+        return self.address + self.count * self.object.page_size
+
+    def page(self, address: int) -> int:
+        """The page of the object that `address` shows."""
+        return self.first + (address - self.address) // self.object.page_size
+
+    def address_of(self, page: int) -> int:
+        """Where `page` is to be seen."""
+        return self.address + (page - self.first) * self.object.page_size
+
+    def covers(self, page: int) -> bool:
+        return self.first <= page < self.first + self.count
+
+    def wake(self, page: int, count: int = 1) -> None:
+        """Let those that sleep on the pages try again."""
+        self.client.space.wake(self.address_of(page), count * self.object.page_size)
+
+
+class Client:
+    """A process that is attached: its address space and its mappings, sorted by address."""
+
+    __slots__ = ("_addresses", "_mappings", "alive", "number", "page_size", "space", "told")
+
+    def __init__(self, number: int, space: Space, page_size: int) -> None:
+        self.number = number
+        self.space = space
+        self.page_size = page_size
+        self.alive = True
+        self._addresses: list[int] = []
+        self._mappings: list[Mapping] = []
+        self.told: dict[tuple[int, int], int] = {}
+        """How often each (thread, address) was sent SIGBUS for the same loss, where there are no poison markers."""
+
+    @property
+    def pid(self) -> int:
+        return self.space.pid
+
+    @property
+    def mappings(self) -> tuple[Mapping, ...]:
+        return tuple(self._mappings)
+
+    def find(self, address: int) -> Mapping | None:
+        """The mapping that contains `address`."""
+        index = bisect_right(self._addresses, address) - 1
+        if index < 0:
+            return None
+        mapping = self._mappings[index]
+        return mapping if address < mapping.end_address else None
+
+    def add(self, mapping: Mapping) -> None:
+        index = bisect_right(self._addresses, mapping.address)
+        self._addresses.insert(index, mapping.address)
+        self._mappings.insert(index, mapping)
+
+    def remove(self, mapping: Mapping) -> None:
+        index = self._mappings.index(mapping)
+        del self._addresses[index], self._mappings[index]
+
+
+class ReverseMap:
+    """The mappings of one object, sorted by their first page."""
+
+    __slots__ = ("_longest", "_mappings")
+
+    def __init__(self) -> None:
+        self._mappings: list[Mapping] = []
+        self._longest = 0
+
+    def __len__(self) -> int:
+        return len(self._mappings)
+
+    def __iter__(self) -> Iterator[Mapping]:
+        return iter(tuple(self._mappings))
+
+    def add(self, mapping: Mapping) -> None:
+        insort(self._mappings, mapping, key=lambda one: one.first)
+        self._longest = max(self._longest, mapping.count)
+
+    def remove(self, mapping: Mapping) -> None:
+        self._mappings.remove(mapping)
+
+    def covering(self, first: int, count: int = 1) -> list[Mapping]:
+        """The mappings that show at least one of the pages."""
+        low = bisect_right(self._mappings, first - self._longest, key=lambda one: one.first)
+        high = bisect_right(self._mappings, first + count - 1, key=lambda one: one.first)
+        return [one for one in self._mappings[low:high] if one.first + one.count > first]

@@ -1,0 +1,84 @@
+"""Two bytes for each page of an object: what it is, and when it came. Nothing else is kept for a page that is well.
+
+A page that has flags of 0 is absent and nobody knows anything bad of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+PRESENT = 1
+"""The content is in the object's memory."""
+DIRTY = 2
+"""A page of a writable file that may be newer than the file."""
+WRITEBACK = 4
+"""Its content is on the way to the file."""
+POISONED = 8
+"""A failure of this page is being handled; for good if it is lost. Set first of all, by test-and-set."""
+LOST = 16
+"""The content is gone until the owner repairs or discards it. A lost page is absent."""
+
+_WITH = {flag: bytes(1 if value & flag else 0 for value in range(256)) for flag in (1, 2, 4, 8, 16)}
+
+
+class Pages:
+    """The state of each page of one object. Indices and counts are in pages."""
+
+    __slots__ = ("count", "flags", "generation", "present")
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.flags = bytearray(count)
+        self.generation = bytearray(count)
+        """In which generation the page was brought in, see `core.reclaim`; 0 if it is absent or can't be dropped."""
+        self.present = 0
+        """How many pages are present."""
+
+    def arrived(self, first: int, count: int, generation: int, flags: int = 0) -> None:
+        """Absent pages are present now, with `flags` beside; poison that struck meanwhile stays to be handled."""
+        end = first + count
+        if self.flags.count(0, first, end) == count:
+            self.flags[first:end] = bytes((PRESENT | flags,)) * count
+        else:
+            for page in range(first, end):
+                assert not self.flags[page] & (PRESENT | LOST), f"page {page} came twice"
+                self.flags[page] |= PRESENT | flags
+        self.generation[first:end] = bytes((generation,)) * count
+        self.present += count
+
+    def left(self, first: int, count: int) -> None:
+        """Present pages are absent now."""
+        for page in range(first, first + count):
+            assert self.flags[page] & PRESENT, f"page {page} left twice"
+            self.flags[page] &= ~(PRESENT | DIRTY)
+        self.generation[first : first + count] = bytes(count)
+        self.present -= count
+
+    def set(self, flag: int, page: int) -> bool:
+        """Set `flag`; False if it was set already."""
+        before = self.flags[page]
+        self.flags[page] = before | flag
+        return not before & flag
+
+    def clear(self, flag: int, page: int) -> None:
+        self.flags[page] &= ~flag
+
+    def runs(self, flag: int, first: int = 0, count: int | None = None) -> Iterator[tuple[int, int]]:
+        """(first, count) of each maximal run of pages that have `flag`, within the range, as it is now."""
+        end = self.count if count is None else first + count
+        has = bytes(self.flags[first:end]).translate(_WITH[flag])
+        start = has.find(1)
+        while start >= 0:
+            stop = has.find(0, start)
+            stop = len(has) if stop < 0 else stop
+            yield first + start, stop - start
+            start = has.find(1, stop)
+
+    def absent_from(self, first: int, limit: int) -> int:
+        """How many pages from `first`, at most `limit`, are absent and not known to be bad."""
+        end = min(first + limit, self.count)
+        page = first
+        flags = self.flags
+        while page < end and not flags[page]:
+            page += 1
+        return page - first

@@ -1,0 +1,87 @@
+"""Who is told of a loss, when, and how; and what becomes of a client that cannot be told.
+
+| the client's access to a lost page | with poison markers | without (kernels before 6.6) |
+| --- | --- | --- |
+| through a guarded view, guard open | recorded, then zeros; the guard raises | the same |
+| SIGBUS handled or default | SIGBUS, address and code from the kernel | SIGBUS to the thread, address in its value |
+| SIGBUS ignored or blocked | SIGBUS: the kernel forces it, the process ends | SIGKILL |
+| in a system call | EFAULT | EFAULT and SIGBUS |
+| stopped | told when it goes on | told when it goes on |
+| told before, and it touches again | SIGBUS again | SIGBUS again, SIGKILL after the limit |
+
+`docs/last-resort.md` says the same for users; each row has its test.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hwpoison.core.machine import Telling
+from hwpoison.core.mappings import Mapping
+from hwpoison.core.objects import Loss, MemoryObject
+from hwpoison.core.records import Notice
+
+if TYPE_CHECKING:
+    from hwpoison.core.manager import MemoryManager
+
+TELL_LIMIT = 16
+"""How often a thread is sent SIGBUS for one address before its process is killed: its handler does not help it."""
+
+
+def tell_owners(manager: MemoryManager, object_: MemoryObject, page: int, loss: Loss) -> tuple[int, ...]:
+    """Tell each client that maps the page, once, that it is lost; their pids."""
+    owners = {mapping.client.number: mapping.client for mapping in object_.mappings.covering(page)}
+    name, offset, nbytes = object_.range_of(page)
+    notice = Notice(
+        event_id=loss.event_id, name=name, offset=offset, nbytes=nbytes, state=loss.state, outcome=loss.outcome,
+        reason=loss.reason,
+    )  # fmt: skip
+    for owner in owners.values():
+        manager.record("victim", object_, page, event_id=loss.event_id, pid=owner.pid)
+        manager.observer.notice(owner, notice)
+    return tuple(sorted({owner.pid for owner in owners.values()}))
+
+
+async def answer_lost(manager: MemoryManager, mapping: Mapping, page: int, thread: int) -> None:
+    """A thread sleeps in an access to a lost, locked page. After this it may be woken."""
+    object_ = mapping.object
+    loss = object_.losses.get(page)
+    manager.statistics.accesses_to_lost += 1
+    event_id = loss.event_id if loss else ""
+    how = "guarded" if mapping.hits else ""
+    manager.record("access", object_, page, event_id=event_id, pid=mapping.client.pid, detail=how)
+    address = mapping.address_of(page)
+    if mapping.hits is not None and mapping.hits.guarded:
+        # The loss is recorded first, then looked whether the guard is still open: it closes in the opposite order, so
+        # at least one of the two sees the other.
+        mapping.met.append(page)
+        mapping.hits.hit()
+        if mapping.hits.guarded:
+            await mapping.client.space.show_zeros(address)
+            return
+    if manager.machine.poison_markers:
+        await _mark(mapping, page, address)
+    else:
+        _signal_or_kill(manager, mapping, thread, address, loss)
+
+
+async def _mark(mapping: Mapping, page: int, address: int) -> None:
+    mapping.markers.add(page)
+    if not await mapping.client.space.poison(address):
+        # A write-protect marker stands where the poison marker must go.
+        await mapping.client.space.unprotect(address, mapping.object.page_size)
+        await mapping.client.space.poison(address)
+
+
+def _signal_or_kill(manager: MemoryManager, mapping: Mapping, thread: int, address: int, loss: Loss | None) -> None:
+    client = mapping.client
+    told = client.told.get((thread, address), 0)
+    telling = client.space.telling(thread)
+    if telling in (Telling.IGNORED, Telling.BLOCKED) or told >= TELL_LIMIT:
+        why = f"SIGBUS is {telling.value}" if told < TELL_LIMIT else f"{TELL_LIMIT} SIGBUS did not help it"
+        event_id = loss.event_id if loss else ""
+        manager.record("kill", mapping.object, mapping.page(address), event_id=event_id, pid=client.pid, detail=why)
+        client.space.kill()
+    else:
+        client.told[thread, address] = told + 1
+        client.space.signal(thread, address)

@@ -1,0 +1,130 @@
+"""A manager that holds less memory than its objects: clean file pages are dropped, the least recently brought in first.
+
+Age is one byte a page: the generation in which it came. A generation ends when a sixty-fourth of the limit has come, so
+"least recently" is right to that grain. The wrap-around of the byte is harmless: more than 64 generations are alive only
+while old pages can't be dropped, and those are moved to the newest generation when they are met.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hwpoison.core.objects import MemoryObject
+from hwpoison.core.pages import DIRTY, POISONED, PRESENT, WRITEBACK
+from hwpoison.core.recovery import watch
+from hwpoison.core.writeback import write_back_all
+
+if TYPE_CHECKING:
+    from hwpoison.core.manager import MemoryManager
+
+GENERATIONS = 255
+"""Values of the byte that are generations; 0 is none."""
+RUN_PAGES = 512
+"""Most pages that are dropped by one system call."""
+
+
+class Reclaim:
+    """Keeps the pages that are present within `limit` pages, as far as they can be dropped. None: no limit."""
+
+    def __init__(self, manager: MemoryManager, limit: int | None) -> None:
+        self._manager = manager
+        self.limit = limit
+        self.present = 0
+        """Pages that are present, of all objects."""
+        self._generation = 1
+        self._oldest = 1
+        self._came = 0
+
+    @property
+    def largest_window(self) -> int:
+        """Most pages that one fault should bring in: a window must not push out what it has just brought."""
+        return 1 << 30 if self.limit is None else max(1, self.limit // 8)
+
+    def arrived(self, object_: MemoryObject, count: int) -> int:
+        """`count` pages of the object come; the generation to note for them."""
+        self.present += count
+        if self.limit is None or object_.backing is None:
+            return 0
+        self._came += count
+        if self._came >= max(1, self.limit // 64):
+            self._came = 0
+            following = self._generation % GENERATIONS + 1
+            if following != self._oldest:
+                self._generation = following
+        return self._generation
+
+    def left(self, count: int) -> None:
+        """`count` pages are gone."""
+        self.present -= count
+
+    def room(self, count: int) -> bool:
+        """Make room for `count` pages without waiting, if that is possible; whether there is room."""
+        while self.limit is not None and self.present + count > self.limit:
+            victim = self._oldest_run(self.present + count - self.limit)
+            if victim is None or victim[0].tracks_dirt:
+                return False
+            self._drop(*victim)
+        return True
+
+    async def make_room(self, count: int) -> None:
+        """As `room`, writing dirty pages back if it must. Gives up, over the limit, if nothing can be dropped."""
+        written_back = False
+        while not self.room(count):
+            assert self.limit is not None
+            victim = self._oldest_run(self.present + count - self.limit)
+            if victim is not None:
+                object_, first, length = victim
+                # Nobody holds the lock (else it were no victim), so this does not wait.
+                async with object_.locks.hold(first, length):
+                    self._drop(object_, first, length)
+                    await watch(object_, first, length)
+            elif not written_back:
+                written_back = True
+                for object_ in self._manager.objects():
+                    if object_.tracks_dirt and object_.locks.idle:
+                        await write_back_all(self._manager, object_, sync=False)
+            else:
+                return
+
+    def _drop(self, object_: MemoryObject, first: int, count: int) -> None:
+        object_.store.drop(first, count)
+        object_.pages.left(first, count)
+        self.left(count)
+        self._manager.statistics.pages_dropped += count
+
+    def _oldest_run(self, wanted: int) -> tuple[MemoryObject, int, int] | None:
+        """Up to `wanted` neighbouring pages of the oldest generation that can be dropped now: object, first, count."""
+        files = [one for one in self._manager.objects() if one.backing is not None]
+        while True:
+            for object_ in files:
+                first = self._first_clean(object_)
+                if first is not None:
+                    return object_, first, self._run_length(object_, first, min(wanted, RUN_PAGES))
+            if self._oldest == self._generation:
+                return None
+            self._oldest = self._oldest % GENERATIONS + 1
+
+    def _first_clean(self, object_: MemoryObject) -> int | None:
+        """The first page of the oldest generation that can be dropped; those that can't become young again."""
+        pages = object_.pages
+        page = pages.generation.find(self._oldest)
+        while page >= 0:
+            if self._can_drop(object_, page):
+                return page
+            if self._oldest != self._generation:
+                pages.generation[page] = self._generation
+            page = pages.generation.find(self._oldest, page + 1)
+        return None
+
+    def _run_length(self, object_: MemoryObject, first: int, limit: int) -> int:
+        count = 1
+        generation = object_.pages.generation
+        end = min(first + limit, object_.pages.count)
+        while first + count < end and generation[first + count] == self._oldest and self._can_drop(object_, first + count):
+            count += 1
+        return count
+
+    @staticmethod
+    def _can_drop(object_: MemoryObject, page: int) -> bool:
+        flags = object_.pages.flags[page]
+        return flags & (PRESENT | DIRTY | WRITEBACK | POISONED) == PRESENT and object_.locks.free(page)

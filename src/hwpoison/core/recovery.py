@@ -1,0 +1,204 @@
+"""Content comes, goes, and comes back: reading in, losing, repairing, discarding.
+
+Everything here works on pages that the caller has locked, or locks them itself where it says so.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hwpoison.core.machine import Content, Frame, NotIsolatedError
+from hwpoison.core.objects import Loss, MemoryObject
+from hwpoison.core.pages import DIRTY, LOST, POISONED, PRESENT
+from hwpoison.core.policy import tell_owners
+from hwpoison.core.records import Outcome, State
+
+if TYPE_CHECKING:
+    from hwpoison.core.manager import MemoryManager
+
+PUBLISH_AT_ONCE = 16
+"""Up to so many pages are published on the event loop; more would hold up other clients' faults."""
+LARGE_FOLIO_BYTES = 2 << 20
+"""The unit that the kernel may have put a page into."""
+
+
+class UnreadableError(Exception):
+    """The file can't give the content that belongs here; the message says why."""
+
+
+async def read_in(manager: MemoryManager, object_: MemoryObject, first: int, count: int) -> None:
+    """Make absent, locked pages present with what belongs there. Raises `UnreadableError`."""
+    await manager.reclaim.make_room(count)
+    if object_.backing is None:
+        content: Content = manager.zero_page if count == 1 else bytes(count * object_.page_size)
+    else:
+        content = await _read_version(object_, first, count)
+        manager.statistics.pages_read += count
+    await _publish(manager, object_, first, count, content)
+
+
+async def _publish(
+    manager: MemoryManager, object_: MemoryObject, first: int, count: int, content: Content, flags: int = 0
+) -> None:
+    if count <= PUBLISH_AT_ONCE:
+        object_.store.publish(first, content)
+    else:
+        await object_.store.fill(first, content)
+    object_.pages.arrived(first, count, manager.reclaim.arrived(object_, count), flags)
+
+
+async def _read_version(object_: MemoryObject, first: int, count: int) -> Content:
+    """What the file holds, in the version that the object shows, in whole pages."""
+    backing = object_.backing
+    assert backing is not None
+    offset, nbytes = backing.offset + first * object_.page_size, object_.nbytes_of(first, count)
+    while True:
+        writes = backing.writes
+        content = None
+        try:
+            if not backing.writing and _unchanged(object_):
+                content = await backing.file.read(offset, nbytes)
+                if not backing.writing and _unchanged(object_) and len(content) == nbytes:
+                    return _whole_pages(content, count * object_.page_size)
+        except OSError as error:
+            raise UnreadableError(f"reading the file failed: {error.strerror}") from error
+        if backing.writing:
+            # Our own write changes the file's times; what the identity says is decided when it has ended.
+            await object_.io_wait()
+        elif writes == backing.writes:
+            if (content is not None and len(content) < nbytes) or backing.file.identity().nbytes < offset + nbytes:
+                raise UnreadableError("the file shrank")
+            raise UnreadableError("the file was changed by somebody else")
+
+
+def _unchanged(object_: MemoryObject) -> bool:
+    assert object_.backing is not None
+    return object_.backing.identity is not None and object_.backing.file.identity() == object_.backing.identity
+
+
+def _whole_pages(content: Content, nbytes: int) -> Content:
+    return content if len(content) == nbytes else bytes(content).ljust(nbytes, b"\0")
+
+
+async def declare_unreadable(
+    manager: MemoryManager, object_: MemoryObject, page: int, error: UnreadableError, event_id: str | None = None
+) -> tuple[int, ...]:
+    """A locked, absent page can't be had back: it is lost. The pids of its owners."""
+    loss = Loss(event_id or manager.new_event_id(), State.CLEAN_FILE, Outcome.RECOVERED, str(error))
+    manager.record("error", object_, page, event_id=loss.event_id, detail=loss.reason)
+    return lose(manager, object_, page, loss)
+
+
+def isolate(object_: MemoryObject, page: int, number: int | None = None) -> Frame | None:
+    """Take a present, locked page out for good; None where that is impossible: then its block must be given up.
+
+    Raises `StaleFrameError` if the page is not in frame `number` any more. Objects are made
+    of single frames; where the kernel collapsed some into a large one all the same, a punch zeroes the page in place, so
+    the block is given up whole: loud, and never a wrong byte.
+    """
+    try:
+        frame = object_.store.take(page, number)
+    except NotIsolatedError:
+        return None
+    object_.pages.left(page, 1)
+    assert frame is not None, f"page {page} of {object_.name} was said to be present"
+    return frame
+
+
+def lose_block(manager: MemoryManager, object_: MemoryObject, page: int, loss: Loss) -> tuple[int, ...]:
+    """The large frame that holds `page` can't be split: all its present pages are dropped and lost."""
+    block = LARGE_FOLIO_BYTES // object_.page_size
+    first = page // block * block
+    count = min(block, object_.pages.count - first)
+    present = list(object_.pages.runs(PRESENT, first, count))
+    object_.store.drop(first, count)
+    victims: set[int] = set()
+    for start, length in present:
+        object_.pages.left(start, length)
+        manager.reclaim.left(length)
+        for one in range(start, start + length):
+            victims.update(lose(manager, object_, one, loss))
+    return tuple(sorted(victims))
+
+
+def lose(manager: MemoryManager, object_: MemoryObject, page: int, loss: Loss) -> tuple[int, ...]:
+    """An absent page is lost from now on: its owners are told. Their pids."""
+    assert not object_.pages.flags[page] & PRESENT
+    object_.pages.set(LOST, page)
+    object_.pages.set(POISONED, page)
+    object_.losses[page] = loss
+    return tell_owners(manager, object_, page, loss)
+
+
+async def repair(manager: MemoryManager, object_: MemoryObject, offset: int, data: Content) -> int:
+    """Give the lost pages among those that `data` covers their right content, in one step each; the bytes repaired.
+
+    `data` begins at a page and ends at one, or at the object's end: half a page cannot be had back. Locks the pages.
+    """
+    first, count = object_.pages_of(offset, len(data))
+    if not object_.writable:
+        raise PermissionError(f"{object_.name!r} is read-only; discard() gives what the file holds now")
+    if offset % object_.page_size or len(data) != object_.nbytes_of(first, count):
+        raise ValueError(
+            f"repair needs whole pages: start at a multiple of {object_.page_size} and end at one, or at the end of "
+            f"{object_.name!r} ({object_.nbytes} bytes); lost pages are in lost()"
+        )
+    repaired = 0
+    for page in _lost_pages(object_, first, count):
+        start = (page - first) * object_.page_size
+        content = _whole_pages(data[start : start + object_.page_size], object_.page_size)
+        repaired += await _revive(manager, object_, page, content, "repair")
+    return repaired
+
+
+async def discard(manager: MemoryManager, object_: MemoryObject, first: int, count: int) -> int:
+    """Give lost pages fresh content: zeros, or what the file holds now. Returns the bytes discarded. Locks the pages."""
+    discarded = 0
+    for page in _lost_pages(object_, first, count):
+        discarded += await _revive(manager, object_, page, None, "discard")
+    return discarded
+
+
+def _lost_pages(object_: MemoryObject, first: int, count: int) -> list[int]:
+    return [page for run in object_.pages.runs(LOST, first, count) for page in range(run[0], run[0] + run[1])]
+
+
+async def _revive(manager: MemoryManager, object_: MemoryObject, page: int, content: Content | None, kind: str) -> int:
+    """A lost page becomes a page with `content` (None: fresh). Nobody sees anything else in between."""
+    async with object_.locks.hold(page):
+        if not object_.pages.flags[page] & LOST or object_.closed:
+            return 0
+        nbytes = object_.nbytes_of(page, 1)
+        dirty = DIRTY if object_.tracks_dirt and content is not None else 0
+        if content is None:
+            content = await _fresh(manager, object_, page, nbytes)
+        await manager.reclaim.make_room(1)
+        await watch(object_, page, 1)
+        loss = object_.losses.pop(page)
+        object_.store.publish(page, content)
+        object_.pages.clear(LOST | POISONED, page)
+        object_.pages.arrived(page, 1, manager.reclaim.arrived(object_, 1), dirty)
+        for mapping in object_.mappings.covering(page):
+            if page in mapping.markers:
+                await mapping.client.space.unpoison(mapping.address_of(page), protect=object_.tracks_dirt)
+                mapping.markers.discard(page)
+        manager.record(kind, object_, page, event_id=loss.event_id)
+        return nbytes
+
+
+async def _fresh(manager: MemoryManager, object_: MemoryObject, page: int, nbytes: int) -> Content:
+    """Zeros, or what the file holds now, in whatever version. Raises OSError if the file can't be read."""
+    if object_.backing is None:
+        return manager.zero_page
+    content = await object_.backing.file.read(object_.backing.offset + page * object_.page_size, nbytes)
+    return _whole_pages(content, object_.page_size)
+
+
+async def watch(object_: MemoryObject, first: int, count: int) -> None:
+    """Absent pages of a writable file are watched for first writes again: taking a page away can lose the marker."""
+    if not object_.tracks_dirt:
+        return
+    for mapping in object_.mappings.covering(first, count):
+        if mapping.hits is None:
+            begin, end = max(first, mapping.first), min(first + count, mapping.first + mapping.count)
+            await mapping.client.space.protect(mapping.address_of(begin), (end - begin) * object_.page_size)

@@ -1,0 +1,124 @@
+"""Writing dirty pages of a writable file back.
+
+A piece of dirty pages is locked, watched for writes again, noted as clean and on its way, copied, and let go of; then the
+copy is written. A store that comes meanwhile makes its page dirty again and is written the next time. A page is not
+clean before the write has ended, so a failure that strikes it waits for that (`core.failure`).
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from hwpoison.core.mappings import Mapping
+from hwpoison.core.objects import MemoryObject
+from hwpoison.core.pages import DIRTY, PRESENT, WRITEBACK
+from hwpoison.core.recovery import watch
+
+if TYPE_CHECKING:
+    from hwpoison.core.manager import MemoryManager
+
+PIECE_PAGES = 512
+"""Most pages that are on their way together."""
+
+
+async def flush(manager: MemoryManager, mapping: Mapping) -> None:
+    """All that was dirty is in the file and on the disk when this returns.
+
+    Raises OSError, once for this mapping: EIO if dirty content was lost since it was opened or last told, or what the
+    file system says.
+    """
+    object_ = mapping.object
+    error = await write_back_all(manager, object_, sync=True)
+    if mapping.error_seen != object_.error_sequence:
+        mapping.error_seen = object_.error_sequence
+        code = error.errno if error is not None and error.errno else errno.EIO
+        raise OSError(code, f"changes to {object_.name!r} were lost or could not be written; see lost()")
+
+
+async def write_back_all(manager: MemoryManager, object_: MemoryObject, *, sync: bool) -> OSError | None:
+    """Write every page back that is dirty now, and `sync`. The first error; its pages stay dirty."""
+    backing = object_.backing
+    if backing is None or not backing.writable:
+        return None
+    failed: OSError | None = None
+    written: list[tuple[int, int]] = []
+    for first, count in list(object_.pages.runs(DIRTY)):
+        for start in range(first, first + count, PIECE_PAGES):
+            length = min(PIECE_PAGES, first + count - start)
+            error, runs = await _write_back_piece(manager, object_, start, length)
+            failed = failed or error
+            written += runs
+    if sync:
+        try:
+            await backing.file.sync()
+        except OSError as error:
+            # Whether the disk has what was written is not known: it is still the memory that holds it.
+            failed = failed or error
+            for first, count in written:
+                _dirty_again(object_, first, count)
+    if failed is not None:
+        object_.error_sequence += 1
+        manager.record("error", object_, detail=f"write-back failed: {failed.strerror}")
+    return failed
+
+
+async def _write_back_piece(
+    manager: MemoryManager, object_: MemoryObject, first: int, count: int
+) -> tuple[OSError | None, list[tuple[int, int]]]:
+    """Write what is dirty of the pages. An error and the runs that were written, or were to be."""
+    async with object_.locks.hold(first, count):
+        if object_.closed:
+            return None, []
+        for page in range(first, first + count):
+            # Two flushes of one object: the second waits for the first one's write, or it would overtake it.
+            await object_.written_back(page)
+        await watch(object_, first, count)
+        runs = list(object_.pages.runs(DIRTY, first, count))
+        copies = [object_.store.content(start, length) for start, length in runs]
+        for start, length in runs:
+            for page in range(start, start + length):
+                object_.pages.clear(DIRTY, page)
+                object_.pages.set(WRITEBACK, page)
+    failed: OSError | None = None
+    try:
+        for (start, length), copy in zip(runs, copies, strict=True):
+            error = await _write(manager, object_, start, length, copy)
+            if error is not None:
+                failed = failed or error
+                _dirty_again(object_, start, length)
+    finally:
+        for start, length in runs:
+            for page in range(start, start + length):
+                object_.pages.clear(WRITEBACK, page)
+        object_.io_ended()
+    return failed, runs
+
+
+async def _write(manager: MemoryManager, object_: MemoryObject, first: int, count: int, copy: bytes) -> OSError | None:
+    """Write one run. The file's identity before it must be ours, and is ours again after it."""
+    backing = object_.backing
+    assert backing is not None
+    if not backing.writing and backing.identity is not None and backing.file.identity() != backing.identity:
+        backing.identity = None
+        manager.record("error", object_, detail="the file was changed by somebody else")
+    backing.writing += 1
+    try:
+        await backing.file.write(backing.offset + first * object_.page_size, copy[: object_.nbytes_of(first, count)])
+    except OSError as error:
+        return error
+    else:
+        manager.statistics.pages_written += count
+        return None
+    finally:
+        backing.writing -= 1
+        backing.writes += 1
+        if not backing.writing and backing.identity is not None:
+            backing.identity = backing.file.identity()
+        object_.io_ended()
+
+
+def _dirty_again(object_: MemoryObject, first: int, count: int) -> None:
+    for page in range(first, first + count):
+        if object_.pages.flags[page] & PRESENT:
+            object_.pages.set(DIRTY, page)

@@ -1,0 +1,47 @@
+"""The errors that an application meets, and nothing else.
+
+Bad arguments raise what the standard library raises for them (`ValueError`, `FileNotFoundError`, ...). Only two things
+have no standard name: bytes that are gone, and a machine that lacks what is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+EHWPOISON = 133
+"""The kernel's errno for "memory page has hardware error"; Python's `errno` module has it on Linux only."""
+
+
+class Range(NamedTuple):
+    """Bytes `offset` to `offset + nbytes` of the object called `name`."""
+
+    name: str
+    offset: int
+    nbytes: int
+
+
+class PoisonError(OSError):
+    """Bytes that were needed are lost. `ranges` says which; `name`, `offset`, `nbytes` are the first of them.
+
+    Answer it with `Memory.repair` (the right content is known) or `Memory.discard` (it is not).
+    """
+
+    def __init__(self, ranges: Iterable[Range]) -> None:
+        self.ranges = tuple(Range(*one) for one in ranges)
+        if not self.ranges:
+            raise ValueError("a PoisonError needs at least one range: pass the ranges that are lost")
+        self.name, self.offset, self.nbytes = self.ranges[0]
+        more = f" and {len(self.ranges) - 1} more" if len(self.ranges) > 1 else ""
+        super().__init__(
+            EHWPOISON,
+            f"memory page has hardware error: {self.nbytes} bytes at offset {self.offset:#x} of {self.name!r}{more} "
+            "are lost; repair() or discard() them",
+        )
+
+    def __reduce__(self) -> tuple[type[PoisonError], tuple[tuple[Range, ...]]]:
+        return type(self), (self.ranges,)
+
+
+class UnsupportedError(OSError):
+    """This machine lacks something that is needed; the message says what, and how to get it. `errno` is the kernel's."""

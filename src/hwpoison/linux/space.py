@@ -1,0 +1,176 @@
+"""A client's address space: its userfaultfd, its process, and the word that a guarded view shares with the manager.
+
+Ioctls on a client's userfaultfd can wait for that client's mmap lock (linux-facts 7), so all but WAKE run in a worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import mmap
+import os
+import signal
+from collections.abc import Callable
+from concurrent.futures import Executor
+from contextlib import suppress
+from functools import partial
+
+from hwpoison.core.machine import Telling
+from hwpoison.linux import syscalls, userfaultfd
+from hwpoison.linux.syscalls import PAGE_SIZE
+
+BOARD_BYTES = 1 << 16
+"""Shared with each client: one slot of two words for each guarded view that it may have at the same time."""
+BOARD_SLOTS = BOARD_BYTES // 16
+
+_GONE = (errno.ESRCH, errno.ENOENT, errno.EINVAL)
+"""The process has ended, or has unmapped the range: nobody is left to be told."""
+
+
+class LinuxSpace:
+    """See `hwpoison.core.machine.Space`. Owns `fd`, the client's userfaultfd, and `pidfd`."""
+
+    def __init__(self, fd: int, pid: int, pidfd: int, workers: Executor) -> None:
+        self.fd = fd
+        self.pid = pid
+        self.pidfd = pidfd
+        self._workers = workers
+        os.set_blocking(fd, False)
+
+    def listen(self, on_fault: Callable[[userfaultfd.Fault], None], on_death: Callable[[], None]) -> None:
+        """Call `on_fault` for each fault, on the event loop, until the process dies: then `on_death`, once."""
+        loop = asyncio.get_running_loop()
+
+        def read() -> None:
+            for fault in userfaultfd.read_faults(self.fd):
+                on_fault(fault)
+
+        def dead() -> None:
+            loop.remove_reader(self.pidfd)
+            on_death()
+
+        loop.add_reader(self.fd, read)
+        loop.add_reader(self.pidfd, dead)
+
+    def close(self) -> None:
+        """Listen no more. Threads that sleep in a fault still sleep: the client holds a descriptor of its own."""
+        loop = asyncio.get_running_loop()
+        for fd in (self.fd, self.pidfd):
+            loop.remove_reader(fd)
+            os.close(fd)
+        self.fd = self.pidfd = -1
+
+    def wake(self, address: int, nbytes: int) -> None:
+        if self.fd < 0:
+            return
+        with suppress(OSError):
+            # Any error means that nobody sleeps there: the process or the mapping is gone.
+            userfaultfd.wake(self.fd, address, nbytes)
+
+    async def protect(self, address: int, nbytes: int) -> None:
+        await self._in_worker(partial(userfaultfd.protect, on=True), address, nbytes)
+
+    async def unprotect(self, address: int, nbytes: int) -> None:
+        await self._in_worker(partial(userfaultfd.protect, on=False), address, nbytes)
+
+    async def poison(self, address: int) -> bool:
+        return await self._in_worker(userfaultfd.poison, address, PAGE_SIZE)
+
+    async def unpoison(self, address: int, *, protect: bool) -> None:
+        await self._in_worker(partial(userfaultfd.continue_, protected=protect), address, PAGE_SIZE)
+
+    async def show_zeros(self, address: int) -> None:
+        await self._in_worker(userfaultfd.zero_page, address, PAGE_SIZE)
+
+    async def _in_worker(self, call: Callable[[int, int, int], None], address: int, nbytes: int) -> bool:
+        """Run the ioctl in a worker; False if there was something in the way (EEXIST)."""
+        if self.fd < 0:
+            return True
+        # The worker has a descriptor of its own: this one may be closed while it waits.
+        fd = os.dup(self.fd)
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._workers, _closing, call, fd, address, nbytes)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
+        return True
+
+    def telling(self, thread: int) -> Telling:
+        bit = 1 << (signal.SIGBUS - 1)
+        masks = {}
+        try:
+            with open(f"/proc/{self.pid}/task/{thread}/status") as status:
+                for line in status:
+                    if line.startswith("Sig"):
+                        key, _, value = line.partition(":")
+                        masks[key] = int(value, 16) & bit if key != "SigQ" else 0
+        except OSError:
+            return Telling.FATAL
+        if masks.get("SigBlk"):
+            return Telling.BLOCKED
+        if masks.get("SigIgn"):
+            return Telling.IGNORED
+        return Telling.HANDLED if masks.get("SigCgt") else Telling.FATAL
+
+    def signal(self, thread: int, address: int) -> None:
+        with suppress(ProcessLookupError):
+            syscalls.queue_signal(self.pid, thread, signal.SIGBUS, address)
+
+    def kill(self) -> None:
+        if self.pidfd >= 0:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+
+def _closing(call: Callable[[int, int, int], None], fd: int, address: int, nbytes: int) -> None:
+    try:
+        call(fd, address, nbytes)
+    finally:
+        os.close(fd)
+
+
+class Board:
+    """The words shared with one client: for each slot a count of losses met and a count of open guards.
+
+    A sealed memfd, so that the client can't take it away under the manager.
+    """
+
+    def __init__(self) -> None:
+        self.fd = os.memfd_create("hwpoison:hits", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self.fd, BOARD_BYTES)
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        self._words = memoryview(mmap.mmap(self.fd, BOARD_BYTES)).cast("Q")
+        self._free = list(range(BOARD_SLOTS - 1, -1, -1))
+
+    def slot(self) -> Slot:
+        """A free slot, all zeros. Raises OSError if the client has too many guarded views."""
+        if not self._free:
+            raise OSError(errno.EMFILE, f"a process can have {BOARD_SLOTS} guarded views; close some memories")
+        index = self._free.pop()
+        self._words[2 * index] = self._words[2 * index + 1] = 0
+        return Slot(self._words, index)
+
+    def free(self, slot: Slot) -> None:
+        self._free.append(slot.index)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+class Slot:
+    """See `hwpoison.core.machine.Hits`."""
+
+    def __init__(self, words: memoryview, index: int) -> None:
+        self._words = words
+        self.index = index
+
+    @property
+    def guarded(self) -> bool:
+        return bool(self._words[2 * self.index + 1])
+
+    def hit(self) -> int:
+        self._words[2 * self.index] += 1
+        return int(self._words[2 * self.index])

@@ -1,0 +1,187 @@
+"""The memory of one object: a memfd, and the manager's own registered mapping of it, through which pages are published.
+
+Pages are published with UFFDIO_COPY into the manager's mapping: the kernel makes the page and its content appear at once,
+nobody's locks but ours are involved, and one page is one page whatever the huge page settings (linux-facts 5). They are
+taken out by splice, punch and a look (9, 10).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import mmap
+import os
+from collections.abc import Callable
+from concurrent.futures import Executor
+
+from hwpoison.core.machine import Content, NotIsolatedError, StaleFrameError
+from hwpoison.linux import syscalls, userfaultfd
+from hwpoison.linux.frames import PageMap
+from hwpoison.linux.quarantine import Quarantine
+from hwpoison.linux.syscalls import PAGE_SIZE
+
+REGION_PAGES = PAGE_SIZE // 8
+"""Pages that one page of a page table maps."""
+REGIONS_LIMIT = 256
+"""Page table pages that an object's mapping in the manager may have before they are given back."""
+
+
+class LinuxFrame:
+    """One page in the transit pipe. One of the methods is called before anything else is taken."""
+
+    def __init__(self, pipe: int, quarantine: Quarantine, number: int | None) -> None:
+        self._pipe = pipe
+        self._quarantine = quarantine
+        self.number = number
+
+    def content(self) -> bytes:
+        return os.read(self._pipe, PAGE_SIZE)
+
+    def quarantine(self) -> None:
+        try:
+            self._quarantine.hold(self._pipe, self.number)
+        except OSError:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        os.read(self._pipe, PAGE_SIZE)
+
+
+class LinuxStore:
+    """See `hwpoison.core.machine.Store`. `fd` is the memfd."""
+
+    def __init__(
+        self, name: str, nbytes: int, *, own: int, quarantine: Quarantine, pagemap: PageMap | None, workers: Executor
+    ) -> None:
+        self._pages = -(-nbytes // PAGE_SIZE)
+        self._nbytes = self._pages * PAGE_SIZE
+        self._own = own
+        self._quarantine = quarantine
+        self._pagemap = pagemap
+        self._workers = workers
+        self._filling = 0
+        self._regions: set[int] = set()
+        self._transit = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self.fd = os.memfd_create(f"hwpoison:{name}"[:200], os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, self._nbytes)
+        self._address = 0
+        self._map()
+
+    def _map(self) -> None:
+        """Map and register, in place of what was mapped before: which gives its page tables back."""
+        flags = mmap.MAP_SHARED | (syscalls.MAP_FIXED if self._address else 0)
+        protection = mmap.PROT_READ | mmap.PROT_WRITE
+        self._address = syscalls.map_memory(self._nbytes, protection, flags, self.fd, self._address)
+        syscalls.advise(self._address, self._nbytes, mmap.MADV_DONTFORK)
+        _no_huge_pages(self._address, self._nbytes)
+        userfaultfd.register(self._own, self._address, self._nbytes, userfaultfd.MODE_MISSING)
+        self._regions.clear()
+
+    def _address_of(self, page: int) -> int:
+        return self._address + page * PAGE_SIZE
+
+    # --- taking out
+
+    def take(self, page: int, number: int | None = None) -> LinuxFrame | None:
+        offset = page * PAGE_SIZE
+        if not self._present(offset):
+            return None
+        moved = os.splice(self.fd, self._transit[1], PAGE_SIZE, offset_src=offset, flags=os.SPLICE_F_NONBLOCK)
+        assert moved == PAGE_SIZE, f"{moved} bytes of a page pinned"
+        # Only now that it is pinned does the page keep its frame: compaction moves others at any time.
+        frame = LinuxFrame(self._transit[0], self._quarantine, self.number(page))
+        if number is not None and frame.number != number:
+            frame.release()
+            raise StaleFrameError(errno.ESTALE, f"page {page} is not in frame {number:#x} any more")
+        syscalls.punch_hole(self.fd, offset, PAGE_SIZE)
+        if self._present(offset):
+            frame.release()
+            raise NotIsolatedError(errno.EBUSY, f"page {page} is part of a large frame, which is in use")
+        return frame
+
+    def drop(self, first: int, count: int) -> None:
+        syscalls.punch_hole(self.fd, first * PAGE_SIZE, count * PAGE_SIZE)
+
+    def _present(self, offset: int) -> bool:
+        try:
+            return os.lseek(self.fd, offset, os.SEEK_DATA) == offset
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return False
+            raise
+
+    def number(self, page: int) -> int | None:
+        """The PFN of a present page; None where that is not to be known."""
+        if self._pagemap is None:
+            return None
+        address = self._address_of(page)
+        number = self._pagemap.numbers(address, 1)[0]
+        if not number:
+            try:
+                userfaultfd.continue_(self._own, address, PAGE_SIZE)
+            except OSError:
+                return None
+            number = self._pagemap.numbers(address, 1)[0]
+        return number or None
+
+    def find(self, number: int, is_present: Callable[[int], bool]) -> int | None:
+        """The page whose frame has this PFN. Slow: it looks at every page; for a worker."""
+        if self._pagemap is None:
+            return None
+        for first in range(0, self._pages, REGION_PAGES):
+            count = min(REGION_PAGES, self._pages - first)
+            for page, known in enumerate(self._pagemap.numbers(self._address_of(first), count), first):
+                if known == number or (not known and is_present(page) and self.number(page) == number):
+                    return page
+        return None
+
+    # --- bringing in
+
+    def publish(self, first: int, content: Content) -> None:
+        userfaultfd.copy(self._own, self._address_of(first), syscalls.address_of(content), len(content))
+        self._mapped(first, len(content) // PAGE_SIZE)
+
+    async def fill(self, first: int, content: Content) -> None:
+        self._filling += 1
+        try:
+            await asyncio.get_running_loop().run_in_executor(
+                self._workers,
+                userfaultfd.copy,
+                self._own,
+                self._address_of(first),
+                syscalls.address_of(content),
+                len(content),
+            )
+        finally:
+            self._filling -= 1
+        self._mapped(first, len(content) // PAGE_SIZE)
+
+    def _mapped(self, first: int, count: int) -> None:
+        """Note where page tables have grown, and give them back when there are many."""
+        self._regions.update(range(first // REGION_PAGES, (first + count - 1) // REGION_PAGES + 1))
+        if len(self._regions) > REGIONS_LIMIT and not self._filling:
+            self._map()
+
+    def content(self, first: int, count: int) -> bytes:
+        content = os.pread(self.fd, count * PAGE_SIZE, first * PAGE_SIZE)
+        assert len(content) == count * PAGE_SIZE
+        return content
+
+    def read_only_fd(self) -> int:
+        """A descriptor of the memory through which nobody can write."""
+        return os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        syscalls.unmap_memory(self._address, self._nbytes)
+        for fd in (self.fd, *self._transit):
+            os.close(fd)
+
+
+def _no_huge_pages(address: int, nbytes: int) -> None:
+    """A page in a large frame can't be isolated alone (linux-facts 11), so the kernel shall not make such frames of ours."""
+    try:
+        syscalls.advise(address, nbytes, syscalls.MADV_NOHUGEPAGE)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a kernel without transparent huge pages
+            raise

@@ -1,0 +1,159 @@
+"""System calls that Python has no function for. The only file with ctypes.
+
+Numbers that differ between architectures are asked for by name where the C library has a wrapper, and otherwise are those
+that all architectures share, but for the ones in `_NUMBERS`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import platform
+import signal
+import struct
+
+PAGE_SIZE = mmap.PAGESIZE
+
+_NUMBERS = {
+    # machine: (userfaultfd, rt_tgsigqueueinfo)
+    "x86_64": (323, 297),
+    "aarch64": (282, 240),
+}
+_USERFAULTFD, _RT_TGSIGQUEUEINFO = _NUMBERS.get(platform.machine(), (-1, -1))
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+_libc.mmap.restype = ctypes.c_void_p
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.vmsplice.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint]
+_libc.vmsplice.restype = ctypes.c_ssize_t
+_libc.process_vm_writev.argtypes = [
+    ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong,
+]  # fmt: skip
+_libc.process_vm_writev.restype = ctypes.c_ssize_t
+
+FALLOC_FL_KEEP_SIZE = 1
+FALLOC_FL_PUNCH_HOLE = 2
+MAP_FIXED = 0x10
+MADV_NOHUGEPAGE = 15
+SI_QUEUE = -1
+_PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
+
+
+class _Buffer(ctypes.Structure):
+    """CPython's Py_buffer: the way to the address of a read-only buffer."""
+
+    _fields_ = (
+        ("buf", ctypes.c_void_p),
+        ("obj", ctypes.c_void_p),
+        ("len", ctypes.c_ssize_t),
+        ("itemsize", ctypes.c_ssize_t),
+        ("readonly", ctypes.c_int),
+        ("ndim", ctypes.c_int),
+        ("format", ctypes.c_char_p),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("suboffsets", ctypes.c_void_p),
+        ("internal", ctypes.c_void_p),
+    )
+
+
+_get_buffer = ctypes.pythonapi.PyObject_GetBuffer
+_get_buffer.argtypes = [ctypes.py_object, ctypes.POINTER(_Buffer), ctypes.c_int]
+_release_buffer = ctypes.pythonapi.PyBuffer_Release
+_release_buffer.argtypes = [ctypes.POINTER(_Buffer)]
+_release_buffer.restype = None
+
+
+def address_of(buffer: bytes | bytearray | memoryview | mmap.mmap) -> int:
+    """The address of a contiguous buffer's first byte. The caller keeps the buffer alive and in its size."""
+    view = _Buffer()
+    _get_buffer(buffer, ctypes.byref(view), 0)
+    try:
+        return view.buf or 0
+    finally:
+        _release_buffer(ctypes.byref(view))
+
+
+def _checked(result: int) -> int:
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return result
+
+
+def userfaultfd(flags: int) -> int:
+    """A new userfaultfd by the system call. Raises OSError."""
+    return _checked(int(_libc.syscall(ctypes.c_long(_USERFAULTFD), ctypes.c_int(flags))))
+
+
+def punch_hole(fd: int, offset: int, nbytes: int) -> None:
+    """Make bytes of a file a hole; its size stays."""
+    _checked(_libc.fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, nbytes))
+
+
+def map_memory(nbytes: int, protection: int, flags: int, fd: int, address: int = 0) -> int:
+    """mmap(2); the address. For mappings that Python code never reads or writes."""
+    result = _libc.mmap(address or None, nbytes, protection, flags, fd, 0)
+    if result is None or result == ctypes.c_void_p(-1).value:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return int(result)
+
+
+def unmap_memory(address: int, nbytes: int) -> None:
+    """munmap(2)."""
+    _checked(_libc.munmap(address, nbytes))
+
+
+def advise(address: int, nbytes: int, advice: int) -> None:
+    """madvise(2)."""
+    _checked(_libc.madvise(address, nbytes, advice))
+
+
+def all_resident(address: int, nbytes: int) -> bool:
+    """True if every page of a mapping is in the page cache, as far as this process may know (mincore)."""
+    pages = -(-nbytes // PAGE_SIZE)
+    vector = ctypes.create_string_buffer(pages)
+    _checked(_libc.mincore(address, nbytes, vector))
+    return all(one & 1 for one in vector.raw[:pages])
+
+
+def write_memory(address: int, data: bytes | bytearray | memoryview) -> int:
+    """Copy `data` to `address` in this process by a system call, so that a bad page is EFAULT and never a signal.
+
+    The bytes copied, fewer if a later page is bad; OSError if the first is.
+    """
+    local = struct.pack("PN", address_of(data), len(data))
+    remote = struct.pack("PN", address, len(data))
+    return _checked(_libc.process_vm_writev(os.getpid(), local, 1, remote, 1, 0))
+
+
+def pin_memory(pipe: int, address: int, nbytes: int) -> int:
+    """vmsplice(2) one range into a pipe, which pins its frames. The bytes spliced."""
+    vector = struct.pack("PN", address, nbytes)
+    return _checked(_libc.vmsplice(pipe, vector, 1, 0))
+
+
+def queue_signal(process: int, thread: int, number: signal.Signals, value: int) -> None:
+    """rt_tgsigqueueinfo(2): a signal to one thread, with SI_QUEUE and a pointer as its value."""
+    information = struct.pack("iiixxxxiiP", number, 0, SI_QUEUE, os.getpid(), os.getuid(), value).ljust(128, b"\0")
+    _checked(int(_libc.syscall(
+        ctypes.c_long(_RT_TGSIGQUEUEINFO), ctypes.c_int(process), ctypes.c_int(thread), ctypes.c_int(number), information
+    )))  # fmt: skip
+
+
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """This process gets the signal when its parent thread ends."""
+    _checked(_libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0))
+
+
+def name_process(name: str) -> None:
+    """What `ps` and `top` show."""
+    _checked(_libc.prctl(_PR_SET_NAME, name.encode()[:15], 0, 0, 0))

@@ -1,0 +1,400 @@
+"""What clients and the manager say to each other.
+
+One message is one packet of a SOCK_SEQPACKET socket, msgpack, with descriptors beside it where the message says so. Each
+request gets one reply, in order, on the channel it came by: the reply that its docstring names, or `Failed`. A client may
+open more channels, and one on which it is told of losses.
+"""
+
+from __future__ import annotations
+
+import array
+import builtins
+import errno
+import os
+import socket
+from collections.abc import Sequence
+
+import msgspec
+
+from hwpoison.core.records import Failure, Notice, Report
+from hwpoison.errors import PoisonError, Range, UnsupportedError
+
+VERSION = 1
+MESSAGE_LIMIT = 192 << 10
+"""Most bytes of a message; the default send buffer of a socket is a little larger."""
+DATA_LIMIT = 128 << 10
+"""Most bytes of content in one message, in whole pages for every page size up to 64 KiB."""
+DESCRIPTOR_LIMIT = 4
+
+
+class Message(msgspec.Struct, tag=True, array_like=True):
+    """Any message."""
+
+
+# --- requests
+
+
+class Hello(Message):
+    """The first message. Descriptors: a userfaultfd after its handshake, or none for a client that maps nothing.
+
+    Reply: `Welcome`.
+    """
+
+    version: int = VERSION
+
+
+class AddChannel(Message):
+    """Descriptor: one end of a socket pair, another channel for requests. Reply: `Done`."""
+
+
+class Listen(Message):
+    """Descriptor: one end of a socket pair, on which `Notice`s are sent from now on. Reply: `Done`."""
+
+
+class Allocate(Message):
+    """A new anonymous object. Reply: `Found`."""
+
+    nbytes: int
+    name: str | None = None
+
+
+class Open(Message):
+    """An object over a file. Descriptor: the file, opened by the client. Reply: `Found`."""
+
+    name: str
+    offset: int
+    nbytes: int | None
+    writable: bool
+
+
+class Attach(Message):
+    """An object that exists. Reply: `Found`."""
+
+    name: str
+
+
+class Map(Message):
+    """The object is mapped at `address` and registered with the client's userfaultfd. Reply: `Mapped`."""
+
+    object: int
+    address: int
+    guarded: bool = False
+
+
+class Unmap(Message):
+    """The mapping is gone from the client's address space. Reply: `Done`."""
+
+    mapping: int
+
+
+class Populate(Message):
+    """Make bytes fit for a system call, `write`: for one that writes. Reply: `Ranges`, those that are lost."""
+
+    mapping: int
+    offset: int
+    nbytes: int
+    write: bool
+
+
+class Prefetch(Message):
+    """Bring bytes in. Reply: `Done`."""
+
+    mapping: int
+    offset: int
+    nbytes: int
+
+
+class Repair(Message):
+    """Give lost pages their right content. Reply: `Count` of bytes."""
+
+    mapping: int
+    offset: int
+    data: bytes
+
+
+class Discard(Message):
+    """Give lost pages fresh content. Reply: `Count` of bytes."""
+
+    mapping: int
+    offset: int
+    nbytes: int
+
+
+class Lost(Message):
+    """What is lost of the object. Reply: `Ranges`."""
+
+    mapping: int
+
+
+class Met(Message):
+    """The losses that a guarded view has met, after its first `since`; the first `forget` will not be asked for again.
+
+    Reply: `Ranges`, as they were met.
+    """
+
+    mapping: int
+    since: int
+    forget: int
+
+
+class Flush(Message):
+    """Write everything back. Reply: `Done`."""
+
+    mapping: int
+
+
+class ReportPage(Message):
+    """A page is bad. Reply: `Handled`."""
+
+    report: Report
+
+
+class ListObjects(Message):
+    """Reply: `ObjectList`."""
+
+
+class GetStatistics(Message):
+    """Reply: `StatisticsReply`."""
+
+
+class SyncLog(Message):
+    """Write all events to the log. Reply: `LogPlace`."""
+
+
+class Goodbye(Message):
+    """The client has unmapped everything and goes. Reply: `Done`."""
+
+
+# --- replies
+
+
+class Done(Message):
+    """It is done."""
+
+
+class Welcome(Message):
+    """Descriptor: the board of guarded views' words (sealed), for a client that maps."""
+
+    pid: int
+    page_size: int
+    instance: str
+    poison_markers: bool
+
+
+class Found(Message):
+    """An object. Descriptor: its memory; map it MAP_SHARED if it is writable, MAP_PRIVATE and PROT_READ if not.
+
+    `protect`: register it for write protection too, and protect all of it.
+    """
+
+    object: int
+    name: str
+    nbytes: int
+    kind: str
+    writable: bool
+    protect: bool
+
+
+class Mapped(Message):
+    """`slot`: the words of the guarded view on the board."""
+
+    mapping: int
+    slot: int
+
+
+class Count(Message):
+    """A number of bytes."""
+
+    nbytes: int
+
+
+class Ranges(Message):
+    """Ranges of an object; `count`: for `Met`, how many losses the view has met."""
+
+    ranges: list[tuple[int, int]]
+    count: int = 0
+
+
+class Handled(Message):
+    """A failure."""
+
+    failure: Failure
+
+
+class ObjectInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What can be said of an object; sizes in bytes."""
+
+    name: str
+    kind: str
+    mode: str
+    nbytes: int
+    present: int
+    dirty: int
+    lost: int
+    mappings: int
+    pids: list[int]
+
+
+class ObjectList(Message):
+    """All objects."""
+
+    objects: list[ObjectInfo]
+
+
+class Statistics(msgspec.Struct, frozen=True, kw_only=True):
+    """Of one manager, since it started. Sizes in bytes; `outcomes` and `states` count failures."""
+
+    pid: int
+    page_size: int
+    socket: str
+    memory_limit: int | None
+    memory_present: int
+    clients: int
+    objects: int
+    outcomes: dict[str, int]
+    states: dict[str, int]
+    quarantined: int
+    faults: int
+    read: int
+    written: int
+    dropped: int
+    accesses_to_lost: int
+    events_dropped: int
+
+
+class StatisticsReply(Message):
+    """The statistics."""
+
+    statistics: Statistics
+
+
+class LogPlace(Message):
+    """Where the event log is; empty if there is none. `instance` begins the event ids of this manager."""
+
+    path: str
+    instance: str
+
+
+class Failed(Message):
+    """The request could not be done. `kind` is the name of the exception to raise."""
+
+    kind: str
+    errno: int
+    text: str
+    ranges: list[Range] = []
+
+
+class Told(Message):
+    """On the channel of `Listen`: a loss."""
+
+    notice: Notice
+
+
+class Missed(Message):
+    """On the channel of `Listen`: more losses than could be held; ask for all that are lost."""
+
+
+Request = (
+    Hello | AddChannel | Listen | Allocate | Open | Attach | Map | Unmap | Populate | Prefetch | Repair | Discard | Lost
+    | Met | Flush | ReportPage | ListObjects | GetStatistics | SyncLog | Goodbye
+)  # fmt: skip
+Reply = (
+    Done | Welcome | Found | Mapped | Count | Ranges | Handled | ObjectList | StatisticsReply | LogPlace | Failed | Told
+    | Missed
+)  # fmt: skip
+
+_encoder = msgspec.msgpack.Encoder()
+_requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+
+encode = _encoder.encode
+
+
+class MalformedError(ValueError):
+    """A message that is none."""
+
+
+def decode_request(data: bytes) -> Request:
+    """Raises `MalformedError`."""
+    try:
+        return _requests.decode(data)
+    except msgspec.DecodeError as error:
+        raise MalformedError(f"this is no request of protocol version {VERSION}: {error}") from None
+
+
+def decode_reply(data: bytes) -> Reply:
+    """Raises `MalformedError`."""
+    try:
+        return _replies.decode(data)
+    except msgspec.DecodeError as error:
+        raise MalformedError(f"this is no reply of protocol version {VERSION}: {error}") from None
+
+
+# --- one packet
+
+
+def send(channel: socket.socket, message: Message, fds: Sequence[int] = ()) -> None:
+    """Send one message. Raises BlockingIOError, or OSError if the other end is gone."""
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    channel.sendmsg([encode(message)], ancillary, socket.MSG_NOSIGNAL)
+
+
+def receive(channel: socket.socket) -> tuple[bytes, list[int]]:
+    """One packet and its descriptors (close-on-exec). b"" if the other end is gone. Raises `MalformedError` if too long."""
+    data, ancillary, flags, _ = channel.recvmsg(
+        MESSAGE_LIMIT, socket.CMSG_SPACE(DESCRIPTOR_LIMIT * 4), socket.MSG_CMSG_CLOEXEC
+    )
+    fds = array.array("i")
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(content[: len(content) // 4 * 4])
+    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        for fd in fds:
+            os.close(fd)
+        raise MalformedError(f"a message has at most {MESSAGE_LIMIT} bytes and {DESCRIPTOR_LIMIT} descriptors")
+    return data, list(fds)
+
+
+# --- errors on the wire
+
+_KINDS: dict[str, type[Exception]] = {
+    one: getattr(builtins, one)
+    for one in (
+        "ValueError", "MemoryError", "OSError", "FileNotFoundError", "FileExistsError", "PermissionError",
+        "IsADirectoryError", "ConnectionError", "RuntimeError",
+    )
+} | {"UnsupportedError": UnsupportedError}  # fmt: skip
+
+
+def failed(error: Exception) -> Failed:
+    """What to send for `error`: the nearest kind that the other side knows."""
+    if isinstance(error, PoisonError):
+        return Failed("PoisonError", error.errno or 0, str(error), list(error.ranges))
+    kind = next((one.__name__ for one in type(error).__mro__ if one.__name__ in _KINDS), "RuntimeError")
+    code = error.errno if isinstance(error, OSError) and error.errno else 0
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+    return Failed(kind, code, text)
+
+
+def error_of(message: Failed) -> Exception:
+    """The exception that `message` stands for."""
+    if message.kind == "PoisonError":
+        return PoisonError(message.ranges)
+    kind = _KINDS.get(message.kind, RuntimeError)
+    if issubclass(kind, OSError):
+        defaults: dict[type[Exception], int] = {
+            FileNotFoundError: errno.ENOENT,
+            FileExistsError: errno.EEXIST,
+            PermissionError: errno.EACCES,
+        }
+        code = message.errno or defaults.get(kind, 0)
+        return kind(code, message.text) if code else kind(message.text)
+    return kind(message.text)
+
+
+# --- addresses
+
+
+def address_of(name: str) -> str:
+    """A socket's address for `connect` and `bind`: a name that begins with @ is in the abstract namespace."""
+    return "\0" + name[1:] if name.startswith("@") else name

@@ -1,0 +1,1 @@
+"""How the manager learns that a page is bad: one file for each source."""

@@ -1,0 +1,1 @@
+"""The manager process: the core on a real machine, behind a socket."""

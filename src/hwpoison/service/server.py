@@ -1,0 +1,157 @@
+"""The manager's server: who may connect, and what the core says about what happens.
+
+It ends when it is told to, or, if it is private, when its last client is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import struct
+import sys
+from collections.abc import Coroutine
+from contextlib import suppress
+from typing import Any
+
+from hwpoison import protocol
+from hwpoison.core.manager import MemoryManager
+from hwpoison.core.mappings import Client
+from hwpoison.core.records import Event, Failure, Notice, kernel_line
+from hwpoison.linux.machine import LinuxMachine
+from hwpoison.service.eventlog import EventLog
+from hwpoison.service.session import Session
+
+log = logging.getLogger("hwpoison")
+
+
+class Server:
+    """Serves `listener`. `private`: ends with its last client."""
+
+    def __init__(
+        self,
+        machine: LinuxMachine,
+        listener: socket.socket,
+        *,
+        address: str,
+        instance: str,
+        events: EventLog,
+        private: bool,
+        memory_limit: int | None,
+        offline_foreign: bool,
+    ) -> None:
+        self.machine = machine
+        self.instance = instance
+        self.address = address
+        self.sessions_of: dict[int, Session] = {}
+        self.manager = MemoryManager(
+            machine, self, instance=instance, memory_limit=memory_limit, offline_foreign=offline_foreign
+        )
+        self._listener = listener
+        self._events = events
+        self._private = private
+        self._sessions: set[Session] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.stop = asyncio.Event()
+
+    async def run(self, first: socket.socket | None = None) -> None:
+        """Serve until stopped; `first` is a client that is connected already."""
+        self._listener.setblocking(False)
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._listener, self._accept)
+        if first is not None:
+            self._admit(first)
+        await self.stop.wait()
+        loop.remove_reader(self._listener)
+        self._listener.close()
+        await self.manager.close()
+        for session in list(self._sessions):
+            session.end()
+        await self.manager.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            connection, _ = self._listener.accept()
+            self._admit(connection)
+
+    def _admit(self, connection: socket.socket) -> None:
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        pid, uid, _ = struct.unpack("3i", credentials)
+        if uid not in (os.geteuid(), 0):
+            error = PermissionError(f"this manager serves user {os.geteuid()} and root, not user {uid}")
+            with suppress(OSError):
+                connection.setblocking(False)
+                protocol.send(connection, protocol.failed(error))
+            connection.close()
+            return
+        self._sessions.add(Session(self, connection, pid))
+
+    def session_ended(self, session: Session) -> None:
+        self._sessions.discard(session)
+        self.sessions_of = {number: one for number, one in self.sessions_of.items() if one is not session}
+        if self._private and not self._sessions:
+            self.stop.set()
+
+    def spawn(self, story: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine that reports its own errors."""
+        task = asyncio.get_running_loop().create_task(story)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def statistics(self) -> protocol.Statistics:
+        counted, size = self.manager.statistics, self.machine.page_size
+        return protocol.Statistics(
+            pid=os.getpid(),
+            page_size=size,
+            socket=self.address,
+            memory_limit=self.manager.memory_limit,
+            memory_present=self.manager.reclaim.present * size,
+            clients=len(self.manager.clients()),
+            objects=len(self.manager.objects()),
+            outcomes=dict(counted.outcomes),
+            states=dict(counted.states),
+            quarantined=counted.quarantined * size,
+            faults=counted.faults,
+            read=counted.pages_read * size,
+            written=counted.pages_written * size,
+            dropped=counted.pages_dropped * size,
+            accesses_to_lost=counted.accesses_to_lost,
+            events_dropped=self._events.dropped,
+        )
+
+    async def sync_log(self) -> str:
+        """Until all events so far are in the log; its place."""
+        await asyncio.wrap_future(self._events.sync())
+        return str(self._events.path)
+
+    # --- what the core says (see `hwpoison.core.accounting.Observer`)
+
+    def event(self, event: Event) -> None:
+        self._events.add(event)
+
+    def notice(self, client: Client, notice: Notice) -> None:
+        session = self.sessions_of.get(client.number)
+        if session is not None:
+            self._events.add(
+                Event(
+                    kind="notice",
+                    event_id=notice.event_id,
+                    name=notice.name,
+                    offset=notice.offset,
+                    nbytes=notice.nbytes,
+                    state=notice.state,
+                    outcome=notice.outcome,
+                    pid=client.pid,
+                )
+            )
+            session.tell(notice)
+
+    def failure(self, where: str, failure: Failure) -> None:
+        with suppress(OSError):
+            sys.stderr.write(kernel_line(where, failure) + "\n")
+            sys.stderr.flush()
+
+    def defect(self, what: str, error: BaseException) -> None:
+        log.error("a defect in hwpoison: %s", what, exc_info=error)
+        self._events.add(Event(kind="error", detail=f"defect: {what}: {error!r}"))

@@ -1,0 +1,398 @@
+"""One client of the manager: its channels, what it asks, and what it is told.
+
+A channel is read only while none of its requests is under way, and is never written to if that would have to wait. A
+client that does not read loses its channel, or, for losses, is told that it missed some; nobody else notices.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import socket
+from collections import deque
+from typing import TYPE_CHECKING
+
+from hwpoison import protocol
+from hwpoison.core import faults, recovery, writeback
+from hwpoison.core.mappings import Client, Mapping
+from hwpoison.core.objects import MemoryObject
+from hwpoison.core.pages import DIRTY
+from hwpoison.core.records import Notice
+from hwpoison.linux import userfaultfd
+from hwpoison.linux.files import checked_file
+from hwpoison.linux.space import Board, LinuxSpace, Slot
+from hwpoison.linux.store import LinuxStore
+
+if TYPE_CHECKING:
+    from hwpoison.service.server import Server
+
+NOTICES_LIMIT = 1000
+"""Losses that wait for a client to read them; beyond that it is told that it missed some."""
+log = logging.getLogger("hwpoison")
+
+
+class Channel:
+    """One socket of a client, for requests."""
+
+    def __init__(self, session: Session, connection: socket.socket) -> None:
+        self._session = session
+        self._connection = connection
+        connection.setblocking(False)
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(connection, self._readable)
+
+    def _readable(self) -> None:
+        try:
+            data, fds = protocol.receive(self._connection)
+        except BlockingIOError:
+            return
+        except protocol.MalformedError as error:
+            self._reply(protocol.failed(error))
+            return
+        except OSError:
+            data, fds = b"", []
+        if not data:
+            self.close()
+            return
+        self._loop.remove_reader(self._connection)
+        self._session.server.spawn(self._answer(data, fds))
+
+    async def _answer(self, data: bytes, fds: list[int]) -> None:
+        reply_fds: list[int] = []
+        try:
+            try:
+                request = protocol.decode_request(data)
+                reply, reply_fds = await self._session.handle(request, fds)
+            except Exception as error:
+                if not isinstance(error, (OSError, ValueError, MemoryError)):
+                    log.exception("a request failed by a defect")
+                reply = protocol.failed(error)
+            self._reply(reply, reply_fds)
+        finally:
+            for fd in (*fds, *reply_fds):
+                os.close(fd)
+        if self._connection.fileno() >= 0:
+            self._loop.add_reader(self._connection, self._readable)
+
+    def _reply(self, reply: protocol.Message, fds: list[int] | None = None) -> None:
+        if self._connection.fileno() < 0:
+            return
+        try:
+            protocol.send(self._connection, reply, fds or ())
+        except OSError:
+            # It is gone, or has sent many requests without reading one reply.
+            self.close()
+
+    def close(self) -> None:
+        if self._connection.fileno() >= 0:
+            self._loop.remove_reader(self._connection)
+            self._connection.close()
+            self._session.channel_closed(self)
+
+
+class NoticeChannel:
+    """The socket on which a client is told of losses."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        connection.setblocking(False)
+        self._loop = asyncio.get_running_loop()
+        self._waiting: deque[protocol.Message] = deque()
+        self._missed = False
+
+    def tell(self, message: protocol.Message) -> None:
+        """Send it, or keep it until the client reads; too many are replaced by one `Missed` at the end."""
+        if len(self._waiting) < NOTICES_LIMIT:
+            self._waiting.append(message)
+        else:
+            self._missed = True
+        if len(self._waiting) == 1:
+            self._send()
+
+    def _send(self) -> None:
+        if self._connection.fileno() < 0:
+            return
+        try:
+            while self._waiting:
+                protocol.send(self._connection, self._waiting[0])
+                self._waiting.popleft()
+                if not self._waiting and self._missed:
+                    self._missed = False
+                    self._waiting.append(protocol.Missed())
+        except BlockingIOError:
+            self._loop.add_writer(self._connection, self._send)
+        except OSError:
+            self.close()
+        else:
+            self._loop.remove_writer(self._connection)
+
+    def close(self) -> None:
+        if self._connection.fileno() >= 0:
+            self._loop.remove_writer(self._connection)
+            self._connection.close()
+
+
+class Session:
+    """One client process."""
+
+    def __init__(self, server: Server, connection: socket.socket, pid: int) -> None:
+        self.server = server
+        self.pid = pid
+        self.client: Client | None = None
+        self._greeted = False
+        self._space: LinuxSpace | None = None
+        self._board: Board | None = None
+        self._slots: dict[int, Slot] = {}
+        self._mappings: dict[int, Mapping] = {}
+        self._about_to_map: dict[int, list[MemoryObject]] = {}
+        self._notices: NoticeChannel | None = None
+        self._channels: set[Channel] = {Channel(self, connection)}
+
+    # --- its life
+
+    def channel_closed(self, channel: Channel) -> None:
+        """The last channel's end is the client's, unless its process lives and still has mappings: those are served."""
+        self._channels.discard(channel)
+        if not self._channels and not self._mappings:
+            self.end()
+
+    def end(self) -> None:
+        """The process is gone, or has said goodbye."""
+        manager = self.server.manager
+        if self.client is not None:
+            manager.remove_client(self.client)
+            self.client = None
+        for held in self._about_to_map.values():
+            for object_ in held:
+                manager.release(object_)
+        self._about_to_map.clear()
+        self._mappings.clear()
+        for channel in list(self._channels):
+            channel.close()
+        if self._notices is not None:
+            self._notices.close()
+        if self._space is not None:
+            self._space.close()
+            self._space = None
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+        self.server.session_ended(self)
+
+    def tell(self, notice: Notice) -> None:
+        """A loss, for those who listen."""
+        if self._notices is not None:
+            self._notices.tell(protocol.Told(notice))
+
+    # --- what it asks
+
+    async def handle(self, request: protocol.Request, fds: list[int]) -> tuple[protocol.Message, list[int]]:
+        """The reply and its descriptors, which are the caller's to close; so are those of `fds` that are left in it."""
+        if not self._greeted and not isinstance(request, protocol.Hello):
+            raise ConnectionError("the first message must be Hello")
+        match request:
+            case protocol.Hello():
+                return self._hello(request, fds)
+            case protocol.AddChannel():
+                self._channels.add(Channel(self, _taken_socket(fds)))
+            case protocol.Listen():
+                if self._notices is not None:
+                    self._notices.close()
+                self._notices = NoticeChannel(_taken_socket(fds))
+            case protocol.Allocate():
+                return self._found(self.server.manager.allocate(request.nbytes, request.name))
+            case protocol.Open():
+                return self._found(self._open(request, fds))
+            case protocol.Attach():
+                return self._found(self.server.manager.find(request.name))
+            case protocol.Map():
+                return self._map(request), []
+            case protocol.Unmap():
+                self._unmap(self._mapping(request.mapping))
+            case protocol.Goodbye():
+                # The reply goes first; then there is nobody left to reply to.
+                asyncio.get_running_loop().call_soon(self.end)
+            case protocol.ReportPage():
+                return protocol.Handled(await self.server.manager.report(request.report)), []
+            case protocol.ListObjects():
+                return protocol.ObjectList([_information(one) for one in self.server.manager.objects()]), []
+            case protocol.GetStatistics():
+                return protocol.StatisticsReply(self.server.statistics()), []
+            case protocol.SyncLog():
+                return protocol.LogPlace(await self.server.sync_log(), self.server.instance), []
+            case _:
+                return await self._on_mapping(request), []
+        return protocol.Done(), []
+
+    async def _on_mapping(
+        self,
+        request: protocol.Populate | protocol.Prefetch | protocol.Repair | protocol.Discard | protocol.Lost | protocol.Met
+        | protocol.Flush,
+    ) -> protocol.Message:  # fmt: skip
+        manager = self.server.manager
+        mapping = self._mapping(request.mapping)
+        object_ = mapping.object
+        match request:
+            case protocol.Populate():
+                first, count = object_.pages_of(request.offset, request.nbytes)
+                lost = await faults.populate(manager, mapping, first, count, write=request.write)
+                return protocol.Ranges(_joined(object_, lost))
+            case protocol.Prefetch():
+                await manager.prefetch(mapping, *object_.pages_of(request.offset, request.nbytes))
+            case protocol.Repair():
+                return protocol.Count(await recovery.repair(manager, object_, request.offset, request.data))
+            case protocol.Discard():
+                first, count = object_.pages_of(request.offset, request.nbytes)
+                return protocol.Count(await recovery.discard(manager, object_, first, count))
+            case protocol.Lost():
+                return protocol.Ranges([(one.offset, one.nbytes) for one in object_.lost()])
+            case protocol.Met():
+                return self._met(mapping, request)
+            case protocol.Flush():
+                await writeback.flush(manager, mapping)
+        return protocol.Done()
+
+    def _hello(self, request: protocol.Hello, fds: list[int]) -> tuple[protocol.Message, list[int]]:
+        if request.version != protocol.VERSION:
+            raise ConnectionError(
+                f"the manager speaks protocol version {protocol.VERSION} and the client {request.version}: "
+                "install the same version of hwpoison on both sides"
+            )
+        if self._greeted:
+            raise ConnectionError("the second Hello of a client")
+        reply_fds = []
+        if fds:
+            if not userfaultfd.is_userfaultfd(fds[0]):
+                raise ValueError("the descriptor of Hello is not a userfaultfd; open one and do its handshake first")
+            self._attach(fds.pop(0))
+            assert self._board is not None
+            reply_fds = [os.dup(self._board.fd)]
+        self._greeted = True
+        machine = self.server.machine
+        return (
+            protocol.Welcome(os.getpid(), machine.page_size, self.server.instance, machine.poison_markers),
+            reply_fds,
+        )
+
+    def _attach(self, fd: int) -> None:
+        manager = self.server.manager
+        self._space = self.server.machine.space(fd, self.pid, os.pidfd_open(self.pid))
+        self._board = Board()
+        client = self.client = manager.add_client(self._space)
+        self.server.sessions_of[client.number] = self
+
+        def on_fault(fault: userfaultfd.Fault) -> None:
+            manager.fault(client, fault.address, fault.thread, write=fault.write, protected=fault.protected)
+
+        self._space.listen(on_fault, self.end)
+
+    def _open(self, request: protocol.Open, fds: list[int]) -> MemoryObject:
+        if not fds:
+            raise ValueError("Open needs the file's descriptor")
+        checked_file(fds[0], request.name)
+        access = fcntl.fcntl(fds[0], fcntl.F_GETFL) & os.O_ACCMODE
+        if access == os.O_WRONLY or (request.writable and access != os.O_RDWR):
+            raise PermissionError(f"the descriptor of {request.name!r} is not open for what the mode asks")
+        file = self.server.machine.file(fds.pop(0))
+        try:
+            return self.server.manager.open(request.name, file, request.offset, request.nbytes, writable=request.writable)
+        except Exception:
+            file.close()
+            raise
+
+    def _found(self, object_: MemoryObject) -> tuple[protocol.Message, list[int]]:
+        """The object, held until the client has mapped it: who gets the memory has given a userfaultfd."""
+        if self.client is None:
+            raise PermissionError("a client that sent no userfaultfd gets no memory: unregistered mappings read zeros")
+        self.server.manager.hold(object_)
+        self._about_to_map.setdefault(object_.number, []).append(object_)
+        store = object_.store
+        assert isinstance(store, LinuxStore)
+        fd = os.dup(store.fd) if object_.writable else store.read_only_fd()
+        reply = protocol.Found(
+            object_.number, object_.name, object_.nbytes, object_.kind, object_.writable, object_.tracks_dirt
+        )
+        return reply, [fd]
+
+    def _map(self, request: protocol.Map) -> protocol.Message:
+        manager = self.server.manager
+        held = self._about_to_map.get(request.object)
+        known = next((one.object for one in self._mappings.values() if one.object.number == request.object), None)
+        object_ = held[-1] if held else known
+        if object_ is None or self.client is None or self._board is None:
+            raise ValueError(f"object {request.object} was not allocated, opened or attached by this client")
+        slot = self._board.slot() if request.guarded else None
+        try:
+            mapping = manager.map(self.client, object_, request.address, slot)
+        except Exception:
+            if slot is not None:
+                self._board.free(slot)
+            raise
+        self._mappings[mapping.number] = mapping
+        if slot is not None:
+            self._slots[mapping.number] = slot
+        if held:
+            held.pop()
+            manager.release(object_)
+        return protocol.Mapped(mapping.number, slot.index if slot else -1)
+
+    def _unmap(self, mapping: Mapping) -> None:
+        del self._mappings[mapping.number]
+        slot = self._slots.pop(mapping.number, None)
+        if slot is not None and self._board is not None:
+            self._board.free(slot)
+        self.server.manager.unmap(mapping)
+
+    def _mapping(self, number: int) -> Mapping:
+        try:
+            return self._mappings[number]
+        except KeyError:
+            raise ValueError(f"this client has no mapping {number}") from None
+
+    def _met(self, mapping: Mapping, request: protocol.Met) -> protocol.Message:
+        """All losses after the first `since`, and forget what nobody will ask for again."""
+        forget = min(request.forget, mapping.met_before + len(mapping.met)) - mapping.met_before
+        if forget > 0:
+            del mapping.met[:forget]
+            mapping.met_before += forget
+        since = max(request.since - mapping.met_before, 0)
+        met = dict.fromkeys(mapping.met[since:])
+        return protocol.Ranges(_joined(mapping.object, list(met)), mapping.met_before + len(mapping.met))
+
+
+def _taken_socket(fds: list[int]) -> socket.socket:
+    if not fds:
+        raise ValueError("the message needs a socket's descriptor")
+    taken = socket.socket(fileno=os.dup(fds[0]))
+    if taken.family != socket.AF_UNIX or taken.type != socket.SOCK_SEQPACKET:
+        taken.close()
+        raise ValueError("the descriptor is not a SOCK_SEQPACKET socket of AF_UNIX")
+    return taken
+
+
+def _joined(object_: MemoryObject, pages: list[int]) -> list[tuple[int, int]]:
+    """(offset, nbytes) of pages, neighbours joined, in the order in which they come."""
+    runs: list[list[int]] = []
+    for page in pages:
+        if runs and runs[-1][0] + runs[-1][1] == page:
+            runs[-1][1] += 1
+        else:
+            runs.append([page, 1])
+    return [(object_.range_of(*run).offset, object_.range_of(*run).nbytes) for run in runs]
+
+
+def _information(object_: MemoryObject) -> protocol.ObjectInfo:
+    pages, size = object_.pages, object_.page_size
+    return protocol.ObjectInfo(
+        name=object_.name,
+        kind=object_.kind,
+        mode="r+" if object_.writable else "r",
+        nbytes=object_.nbytes,
+        present=pages.present * size,
+        dirty=sum(count for _, count in pages.runs(DIRTY)) * size,
+        lost=sum(one.nbytes for one in object_.lost()),
+        mappings=len(object_.mappings),
+        pids=sorted({mapping.client.pid for mapping in object_.mappings}),
+    )
