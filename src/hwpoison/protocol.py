@@ -87,13 +87,12 @@ class Unmap(Message):
     mapping: int
 
 
-class Populate(Message):
-    """Make bytes fit for a system call, `write`: for one that writes. Reply: `Ranges`, those that are lost."""
+class Write(Message):
+    """Store bytes, or nothing at all. Reply: `Done`."""
 
     mapping: int
     offset: int
-    nbytes: int
-    write: bool
+    data: bytes
 
 
 class Prefetch(Message):
@@ -295,7 +294,7 @@ class Missed(Message):
 
 
 Request = (
-    Hello | AddChannel | Listen | Allocate | Open | Attach | Map | Unmap | Populate | Prefetch | Repair | Discard | Lost
+    Hello | AddChannel | Listen | Allocate | Open | Attach | Map | Unmap | Write | Prefetch | Repair | Discard | Lost
     | Met | Flush | ReportPage | ListObjects | GetStatistics | SyncLog | Goodbye
 )  # fmt: skip
 Reply = (

@@ -135,31 +135,29 @@ class Memory:
         self._check_range(offset, len(view))
         if not self.writable:
             raise PermissionError(errno.EACCES, f"{self.name!r} is open read-only; open it with mode 'r+'")
-        lost = self._lost_within(offset, len(view))
-        partly = [one for one in lost if not self._covered(one, offset, len(view))]
-        if partly:
-            raise PoisonError(partly)
-        for one in lost:
-            self.repair(one.offset, view[one.offset - offset : one.offset - offset + one.nbytes])
-        self._store(offset, view)
+        # Pieces begin at pages, so that a page is never covered by two of them. The manager refuses a piece whole.
+        pieces = [
+            offset,
+            *range((offset // PAGE_SIZE) * PAGE_SIZE + protocol.DATA_LIMIT, offset + len(view), protocol.DATA_LIMIT),
+        ]
+        if len(pieces) > 1:
+            refused = self._lost_in_part(offset, len(view))
+            if refused:
+                raise PoisonError(refused)
+        for start, end in zip(pieces, [*pieces[1:], offset + len(view)], strict=True):
+            data = bytes(view[start - offset : end - offset])
+            self._connection.request(protocol.Write(self._number, start, data), protocol.Done)
 
-    def _store(self, offset: int, view: memoryview) -> None:
-        """By system call, which says EFAULT where a store of our own would be a signal."""
-        done = 0
-        if self._connection.user_mode:
-            self._populate(offset, len(view), write=True)
-        while done < len(view):
-            try:
-                done += syscalls.write_memory(self.address + offset + done, view[done:])
-            except OSError as error:
-                if error.errno != errno.EFAULT:
-                    raise
-                self._populate(offset + done, min(len(view) - done, PAGE_SIZE), write=True)
-
-    def _populate(self, offset: int, nbytes: int, *, write: bool) -> None:
-        reply = self._connection.request(protocol.Populate(self._number, offset, nbytes, write), protocol.Ranges)
-        if reply.ranges:
-            raise PoisonError(Range(self.name, *one) for one in reply.ranges)
+    def _lost_in_part(self, offset: int, nbytes: int) -> list[Range]:
+        """The lost pages that the range covers, but not whole: its first or its last page."""
+        end = offset + nbytes
+        edges = {offset // PAGE_SIZE * PAGE_SIZE, (end - 1) // PAGE_SIZE * PAGE_SIZE}
+        return [
+            Range(self.name, edge, min(PAGE_SIZE, self.nbytes - edge))
+            for edge in sorted(edges)
+            if (edge < offset or end < min(edge + PAGE_SIZE, self.nbytes))
+            and any(one.offset <= edge < one.offset + one.nbytes for one in self.lost())
+        ]
 
     def prefetch(self, offset: int = 0, nbytes: int | None = None) -> None:
         """Bring bytes in, and return when they are there; other threads run meanwhile.
@@ -215,20 +213,6 @@ class Memory:
         """
         self._check_open()
         return self._manager.notices.add(self, function)
-
-    def _lost_within(self, offset: int, nbytes: int) -> list[Range]:
-        """The lost pages that lie in the range at least in part."""
-        end = offset + nbytes
-        pages = []
-        for one in self.lost() if nbytes else ():
-            for start in range(one.offset, one.offset + one.nbytes, PAGE_SIZE):
-                if start < end and offset < min(start + PAGE_SIZE, self.nbytes):
-                    pages.append(Range(self.name, start, min(PAGE_SIZE, self.nbytes - start)))
-        return pages
-
-    @staticmethod
-    def _covered(page: Range, offset: int, nbytes: int) -> bool:
-        return offset <= page.offset and page.offset + page.nbytes <= offset + nbytes
 
     # --- its life
 

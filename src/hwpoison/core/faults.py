@@ -6,13 +6,14 @@ write (note the dirt). Each fault ends with a wake, whatever happens: a thread t
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from hwpoison.core.locks import Held
 from hwpoison.core.machine import Content
 from hwpoison.core.mappings import Client, Mapping
 from hwpoison.core.objects import MemoryObject
-from hwpoison.core.pages import DIRTY, LOST, PRESENT
+from hwpoison.core.pages import DIRTY, LOST, POISONED, PRESENT
 from hwpoison.core.policy import answer_lost
 from hwpoison.core.readahead import next_window
 from hwpoison.core.recovery import UnreadableError, declare_unreadable, read_in
@@ -34,10 +35,18 @@ def fault(manager: MemoryManager, client: Client, address: int, thread: int, *, 
     mapping = client.find(address)
     if mapping is None:
         manager.start(_stray(client, address), f"stray fault of {client.number}")
-    elif protected or not _at_once(manager, mapping, mapping.page(address), write):
+    elif protected or not _at_once_or_not(manager, mapping, mapping.page(address), write):
         manager.start(
             _served(manager, mapping, mapping.page(address), thread, write, protected), f"fault of {client.number}"
         )
+
+
+def _at_once_or_not(manager: MemoryManager, mapping: Mapping, page: int, write: bool) -> bool:
+    try:
+        return _at_once(manager, mapping, page, write)
+    except OSError:
+        # It is tried again with all that can be done about it; the accessor must not sleep on.
+        return False
 
 
 def _at_once(manager: MemoryManager, mapping: Mapping, page: int, write: bool) -> bool:
@@ -53,7 +62,7 @@ def _at_once(manager: MemoryManager, mapping: Mapping, page: int, write: bool) -
         return False
     backing = object_.backing
     if backing is None:
-        content: Content = manager.zero_page
+        content: Content = manager.zeros(1)
     else:
         if backing.writing or backing.file.identity() != backing.identity:
             return False
@@ -151,7 +160,7 @@ async def _first_write(manager: MemoryManager, mapping: Mapping, page: int, thre
             await answer_lost(manager, mapping, page, thread)
             return
         count = 0
-        while count < window and flags[page + count] & PRESENT:
+        while count < window and flags[page + count] & (PRESENT | POISONED) == PRESENT:
             count += 1
         # An absent page: taken away while this fault waited. It comes again as a missing page.
         if count:
@@ -165,35 +174,20 @@ async def _dirty(mapping: Mapping, first: int, count: int) -> None:
     await mapping.client.space.unprotect(mapping.address_of(first), count * mapping.object.page_size)
 
 
-async def populate(manager: MemoryManager, mapping: Mapping, first: int, count: int, *, write: bool) -> list[int]:
-    """Make pages fit for a system call through `mapping`; the pages that are lost are returned."""
-    object_ = mapping.object
-    lost = []
+async def prefetch(manager: MemoryManager, object_: MemoryObject, first: int, count: int) -> None:
+    """Bring pages in that are absent and well. Those that can't be had are left for their access."""
     page, end = first, first + count
     while page < end:
-        window = max(1, object_.pages.absent_from(page, min(end - page, READ_AHEAD_PAGES)))
-        async with object_.locks.hold(page, window) as held:
-            flags = object_.pages.flags[page]
-            if flags & LOST or object_.closed:
-                lost.append(page)
-                window = 1
-            elif flags & PRESENT:
-                window = 1
-                if write and object_.tracks_dirt:
-                    await _dirty(mapping, page, 1)
-            else:
-                window = max(1, object_.pages.absent_from(page, window))
-                try:
-                    await bring_in(manager, object_, held, window, mapping if write else None, None)
-                except UnreadableError as error:
-                    await declare_unreadable(manager, object_, page, error)
-                    lost.append(page)
-                    window = 1
-                else:
-                    if write:
-                        window = 1
-        page += window
-    return lost
+        window = object_.pages.absent_from(page, min(end - page, READ_AHEAD_PAGES))
+        if window:
+            async with object_.locks.hold(page, window) as held:
+                window = object_.pages.absent_from(page, window)
+                if object_.closed:
+                    return
+                if window:
+                    with suppress(UnreadableError):
+                        await bring_in(manager, object_, held, window, None, None)
+        page += max(1, window)
 
 
 async def _stray(client: Client, address: int) -> None:

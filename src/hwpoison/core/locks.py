@@ -51,11 +51,6 @@ class RangeLocks:
             one.first < end and first < one.end for one in self._waiting
         )
 
-    @property
-    def idle(self) -> bool:
-        """True if nobody holds or waits for anything."""
-        return not self._held and not self._waiting
-
     def hold(self, first: int, count: int = 1) -> Held:
         """`async with locks.hold(page):`"""
         return Held(self, first, count)

@@ -69,6 +69,9 @@ class Store(Protocol):
         `NotIsolatedError` if the page is still there afterwards.
         """
 
+    def present(self, page: int) -> bool:
+        """True if the page is in the object's memory."""
+
     def drop(self, first: int, count: int) -> None:
         """Remove pages from the object and every process, and let their frames go."""
 
@@ -76,10 +79,13 @@ class Store(Protocol):
         """Make absent pages present with `content` (whole pages). For a few pages: it runs on the event loop."""
 
     async def fill(self, first: int, content: Content) -> None:
-        """As `publish`, for any number of pages, without holding up anybody else."""
+        """As `publish`, for any number of pages, without holding up anybody else. If it fails, some may be present."""
 
     def content(self, first: int, count: int) -> bytes:
         """The bytes of pages, all of which must be present."""
+
+    def write(self, offset: int, data: Content) -> None:
+        """Change bytes (`offset` in bytes) of present pages. Nobody is told: no fault, no first write."""
 
     def close(self) -> None:
         """The object is gone; clients that still map it keep what is present."""

@@ -19,9 +19,6 @@ from hwpoison.core.reclaim import Reclaim
 from hwpoison.core.records import Event, Failure, Report
 from hwpoison.core.writeback import write_back_all
 
-PREFETCH_PAGES = 2048
-"""Most pages that one step of a prefetch locks."""
-
 
 class MemoryManager:
     """All objects and clients of one manager process. `instance` makes its event ids different from any other's."""
@@ -39,7 +36,7 @@ class MemoryManager:
         self.observer = observer
         self.offline_foreign = offline_foreign
         self.statistics = Statistics()
-        self.zero_page = bytes(machine.page_size)
+        self._zeros = memoryview(bytes(faults.READ_AHEAD_PAGES * machine.page_size))
         self.memory_limit = memory_limit
         self.reclaim = Reclaim(self, None if memory_limit is None else max(1, memory_limit // machine.page_size))
         self._instance = instance
@@ -121,7 +118,7 @@ class MemoryManager:
             self.start(self._end(object_), f"end of object {object_.number}")
 
     async def _end(self, object_: MemoryObject) -> None:
-        await write_back_all(self, object_, sync=True)
+        await write_back_all(self, object_)
         async with object_.locks.hold(0, object_.pages.count):
             if object_.references or object_.closed:
                 return
@@ -191,9 +188,9 @@ class MemoryManager:
 
     async def prefetch(self, mapping: Mapping, first: int, count: int) -> None:
         """Bring pages in, as many as the memory limit lets stay; those that can't be had are left for their access."""
-        end = min(first + count, first + self.reclaim.largest_window * 4)
-        for start in range(first, min(first + count, end), PREFETCH_PAGES):
-            await faults.populate(self, mapping, start, min(PREFETCH_PAGES, end - start), write=False)
+        if self.reclaim.limit is not None:
+            count = min(count, self.reclaim.limit // 2)
+        await faults.prefetch(self, mapping.object, first, count)
 
     async def find_frame(self, number: int) -> tuple[MemoryObject, int] | None:
         """The page whose frame has this PFN."""
@@ -204,11 +201,15 @@ class MemoryManager:
     async def close(self) -> None:
         """Write everything back; afterwards nothing is under way."""
         for object_ in self.objects():
-            await write_back_all(self, object_, sync=True)
+            await write_back_all(self, object_)
         while self._tasks:
             await asyncio.wait(self._tasks)
 
     # --- for the files beside
+
+    def zeros(self, count: int) -> memoryview:
+        """The content of `count` fresh anonymous pages."""
+        return self._zeros[: count * self.machine.page_size]
 
     def new_event_id(self) -> str:
         self._events += 1

@@ -93,6 +93,11 @@ class Client:
     def pid(self) -> int:
         return self.space.pid
 
+    def forget_told(self, address: int) -> None:
+        """The page at `address` is well again."""
+        for key in [key for key in self.told if key[1] == address]:
+            del self.told[key]
+
     @property
     def mappings(self) -> tuple[Mapping, ...]:
         return tuple(self._mappings)

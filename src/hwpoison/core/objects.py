@@ -9,7 +9,7 @@ from enum import StrEnum
 from hwpoison.core.locks import RangeLocks
 from hwpoison.core.machine import File, Identity, Store
 from hwpoison.core.mappings import ReverseMap
-from hwpoison.core.pages import LOST, PRESENT, WRITEBACK, Pages
+from hwpoison.core.pages import PRESENT, WRITEBACK, Pages
 from hwpoison.core.records import Outcome, State
 from hwpoison.errors import Range
 
@@ -102,7 +102,14 @@ class MemoryObject:
 
     def lost(self, first: int = 0, count: int | None = None) -> list[Range]:
         """The lost ranges within the pages."""
-        return [self.range_of(*run) for run in self.pages.runs(LOST, first, count)]
+        end = self.pages.count if count is None else first + count
+        runs: list[list[int]] = []
+        for page in sorted(page for page in self.losses if first <= page < end):
+            if runs and runs[-1][0] + runs[-1][1] == page:
+                runs[-1][1] += 1
+            else:
+                runs.append([page, 1])
+        return [self.range_of(start, length) for start, length in runs]
 
     def io_ended(self) -> None:
         """Some file I/O has ended: those who wait for it look again."""

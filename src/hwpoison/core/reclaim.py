@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from hwpoison.core.objects import MemoryObject
 from hwpoison.core.pages import DIRTY, POISONED, PRESENT, WRITEBACK
 from hwpoison.core.recovery import watch
-from hwpoison.core.writeback import write_back_all
+from hwpoison.core.writeback import write_back_some
 
 if TYPE_CHECKING:
     from hwpoison.core.manager import MemoryManager
@@ -81,8 +81,8 @@ class Reclaim:
             elif not written_back:
                 written_back = True
                 for object_ in self._manager.objects():
-                    if object_.tracks_dirt and object_.locks.idle:
-                        await write_back_all(self._manager, object_, sync=False)
+                    if object_.tracks_dirt:
+                        await write_back_some(self._manager, object_, count + self.limit // 8)
             else:
                 return
 

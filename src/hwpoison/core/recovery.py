@@ -12,6 +12,7 @@ from hwpoison.core.objects import Loss, MemoryObject
 from hwpoison.core.pages import DIRTY, LOST, POISONED, PRESENT
 from hwpoison.core.policy import tell_owners
 from hwpoison.core.records import Outcome, State
+from hwpoison.errors import PoisonError
 
 if TYPE_CHECKING:
     from hwpoison.core.manager import MemoryManager
@@ -30,7 +31,7 @@ async def read_in(manager: MemoryManager, object_: MemoryObject, first: int, cou
     """Make absent, locked pages present with what belongs there. Raises `UnreadableError`."""
     await manager.reclaim.make_room(count)
     if object_.backing is None:
-        content: Content = manager.zero_page if count == 1 else bytes(count * object_.page_size)
+        content: Content = manager.zeros(count)
     else:
         content = await _read_version(object_, first, count)
         manager.statistics.pages_read += count
@@ -40,10 +41,17 @@ async def read_in(manager: MemoryManager, object_: MemoryObject, first: int, cou
 async def _publish(
     manager: MemoryManager, object_: MemoryObject, first: int, count: int, content: Content, flags: int = 0
 ) -> None:
-    if count <= PUBLISH_AT_ONCE:
-        object_.store.publish(first, content)
-    else:
-        await object_.store.fill(first, content)
+    try:
+        if count <= PUBLISH_AT_ONCE:
+            object_.store.publish(first, content)
+        else:
+            await object_.store.fill(first, content)
+    except OSError:
+        # No memory, for instance. What did come may be in use already, so it stays, and is known to be there.
+        for page in range(first, first + count):
+            if object_.store.present(page):
+                object_.pages.arrived(page, 1, manager.reclaim.arrived(object_, 1), flags)
+        raise
     object_.pages.arrived(first, count, manager.reclaim.arrived(object_, count), flags)
 
 
@@ -159,37 +167,94 @@ async def discard(manager: MemoryManager, object_: MemoryObject, first: int, cou
     return discarded
 
 
+async def write(manager: MemoryManager, object_: MemoryObject, offset: int, data: Content) -> None:
+    """Store bytes for a client that must not meet a signal. Lost pages that `data` covers whole are repaired.
+
+    Raises `PoisonError`, with nothing written, if a lost page is covered in part, PermissionError, ValueError. Locks the
+    pages, all of them at once: `data` is one message's worth.
+    """
+    first, count = object_.pages_of(offset, len(data))
+    if not object_.writable:
+        raise PermissionError(f"{object_.name!r} is open read-only; open it with mode 'r+'")
+    if not count:
+        return
+    async with object_.locks.hold(first, count):
+        if object_.closed:
+            raise FileNotFoundError(f"{object_.name!r} was closed")
+        parts = [_part(object_, offset, data, page) for page in range(first, first + count)]
+        flags = object_.pages.flags
+        for page, (_, _, whole) in enumerate(parts, first):
+            if not whole and not flags[page] & (PRESENT | LOST):
+                try:
+                    await read_in(manager, object_, page, 1)
+                except UnreadableError as error:
+                    await declare_unreadable(manager, object_, page, error)
+        refused = [page for page, (_, _, whole) in enumerate(parts, first) if flags[page] & LOST and not whole]
+        if refused:
+            raise PoisonError(object_.range_of(page) for page in refused)
+        for page, (start, part, whole) in enumerate(parts, first):
+            if flags[page] & LOST:
+                await _revive_locked(manager, object_, page, _whole_pages(part, object_.page_size), "repair")
+            elif flags[page] & PRESENT:
+                # No client's store is seen as a fault here, so the dirt is noted by hand, and first.
+                if object_.tracks_dirt:
+                    object_.pages.set(DIRTY, page)
+                object_.store.write(start, part)
+            else:
+                assert whole
+                await manager.reclaim.make_room(1)
+                dirty = DIRTY if object_.tracks_dirt else 0
+                await _publish(manager, object_, page, 1, _whole_pages(part, object_.page_size), dirty)
+
+
+def _part(object_: MemoryObject, offset: int, data: Content, page: int) -> tuple[int, Content, bool]:
+    """What `data` at `offset` has for `page`: where it begins in the object, the bytes, and whether that is all of it."""
+    begin = max(offset, page * object_.page_size)
+    end = min(offset + len(data), (page + 1) * object_.page_size)
+    whole = begin == page * object_.page_size and end - begin == object_.nbytes_of(page, 1)
+    return begin, data[begin - offset : end - offset], whole
+
+
 def _lost_pages(object_: MemoryObject, first: int, count: int) -> list[int]:
     return [page for run in object_.pages.runs(LOST, first, count) for page in range(run[0], run[0] + run[1])]
 
 
 async def _revive(manager: MemoryManager, object_: MemoryObject, page: int, content: Content | None, kind: str) -> int:
-    """A lost page becomes a page with `content` (None: fresh). Nobody sees anything else in between."""
     async with object_.locks.hold(page):
         if not object_.pages.flags[page] & LOST or object_.closed:
             return 0
-        nbytes = object_.nbytes_of(page, 1)
-        dirty = DIRTY if object_.tracks_dirt and content is not None else 0
-        if content is None:
-            content = await _fresh(manager, object_, page, nbytes)
-        await manager.reclaim.make_room(1)
-        await watch(object_, page, 1)
-        loss = object_.losses.pop(page)
-        object_.store.publish(page, content)
-        object_.pages.clear(LOST | POISONED, page)
-        object_.pages.arrived(page, 1, manager.reclaim.arrived(object_, 1), dirty)
-        for mapping in object_.mappings.covering(page):
-            if page in mapping.markers:
-                await mapping.client.space.unpoison(mapping.address_of(page), protect=object_.tracks_dirt)
-                mapping.markers.discard(page)
-        manager.record(kind, object_, page, event_id=loss.event_id)
-        return nbytes
+        return await _revive_locked(manager, object_, page, content, kind)
+
+
+async def _revive_locked(
+    manager: MemoryManager, object_: MemoryObject, page: int, content: Content | None, kind: str
+) -> int:
+    """A lost, locked page becomes a page with `content` (None: fresh). Nobody sees anything else in between."""
+    nbytes = object_.nbytes_of(page, 1)
+    dirty = DIRTY if object_.tracks_dirt and content is not None else 0
+    # A write that hung may still be on its way: what the file holds is not known before it has ended.
+    await object_.written_back(page)
+    if content is None:
+        content = await _fresh(manager, object_, page, nbytes)
+    await manager.reclaim.make_room(1)
+    await watch(object_, page, 1)
+    loss = object_.losses.pop(page)
+    object_.store.publish(page, content)
+    object_.pages.clear(LOST | POISONED, page)
+    object_.pages.arrived(page, 1, manager.reclaim.arrived(object_, 1), dirty)
+    for mapping in object_.mappings.covering(page):
+        mapping.client.forget_told(mapping.address_of(page))
+        if page in mapping.markers:
+            await mapping.client.space.unpoison(mapping.address_of(page), protect=object_.tracks_dirt)
+            mapping.markers.discard(page)
+    manager.record(kind, object_, page, event_id=loss.event_id)
+    return nbytes
 
 
 async def _fresh(manager: MemoryManager, object_: MemoryObject, page: int, nbytes: int) -> Content:
     """Zeros, or what the file holds now, in whatever version. Raises OSError if the file can't be read."""
     if object_.backing is None:
-        return manager.zero_page
+        return manager.zeros(1)
     content = await object_.backing.file.read(object_.backing.offset + page * object_.page_size, nbytes)
     return _whole_pages(content, object_.page_size)
 

@@ -29,38 +29,66 @@ async def flush(manager: MemoryManager, mapping: Mapping) -> None:
     file system says.
     """
     object_ = mapping.object
-    error = await write_back_all(manager, object_, sync=True)
+    error = await write_back_all(manager, object_)
     if mapping.error_seen != object_.error_sequence:
         mapping.error_seen = object_.error_sequence
         code = error.errno if error is not None and error.errno else errno.EIO
         raise OSError(code, f"changes to {object_.name!r} were lost or could not be written; see lost()")
 
 
-async def write_back_all(manager: MemoryManager, object_: MemoryObject, *, sync: bool) -> OSError | None:
-    """Write every page back that is dirty now, and `sync`. The first error; its pages stay dirty."""
+async def write_back_all(manager: MemoryManager, object_: MemoryObject) -> OSError | None:
+    """Write every page back that is dirty now, to the disk. The first error; its pages stay dirty."""
     backing = object_.backing
     if backing is None or not backing.writable:
         return None
     failed: OSError | None = None
     written: list[tuple[int, int]] = []
-    for first, count in list(object_.pages.runs(DIRTY)):
-        for start in range(first, first + count, PIECE_PAGES):
-            length = min(PIECE_PAGES, first + count - start)
-            error, runs = await _write_back_piece(manager, object_, start, length)
-            failed = failed or error
-            written += runs
-    if sync:
-        try:
-            await backing.file.sync()
-        except OSError as error:
-            # Whether the disk has what was written is not known: it is still the memory that holds it.
-            failed = failed or error
-            for first, count in written:
-                _dirty_again(object_, first, count)
+    for first, count in _pieces(object_):
+        error, runs = await _write_back_piece(manager, object_, first, count)
+        failed = failed or error
+        written += runs
+    try:
+        await backing.file.sync()
+    except OSError as error:
+        # Whether the disk has what was written is not known: it is still the memory that holds it.
+        failed = failed or error
+        for first, count in written:
+            _dirty_again(object_, first, count)
     if failed is not None:
-        object_.error_sequence += 1
-        manager.record("error", object_, detail=f"write-back failed: {failed.strerror}")
+        _note(manager, object_, failed)
     return failed
+
+
+async def write_back_some(manager: MemoryManager, object_: MemoryObject, wanted: int) -> None:
+    """Write about `wanted` dirty pages back so that they can be dropped; not to the disk yet, and waiting for no lock.
+
+    It is called by somebody who holds page locks.
+    """
+    for first, count in _pieces(object_):
+        busy = any(object_.pages.flags[page] & WRITEBACK for page in range(first, first + count))
+        if busy or object_.closed or not object_.locks.free(first, count):
+            continue
+        error, _ = await _write_back_piece(manager, object_, first, count)
+        if error is not None:
+            _note(manager, object_, error)
+            return
+        wanted -= count
+        if wanted <= 0:
+            return
+
+
+def _pieces(object_: MemoryObject) -> list[tuple[int, int]]:
+    """The runs of dirty pages, in pieces."""
+    return [
+        (start, min(PIECE_PAGES, first + count - start))
+        for first, count in object_.pages.runs(DIRTY)
+        for start in range(first, first + count, PIECE_PAGES)
+    ]
+
+
+def _note(manager: MemoryManager, object_: MemoryObject, error: OSError) -> None:
+    object_.error_sequence += 1
+    manager.record("error", object_, detail=f"write-back failed: {error.strerror}")
 
 
 async def _write_back_piece(

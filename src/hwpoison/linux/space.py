@@ -24,7 +24,7 @@ BOARD_BYTES = 1 << 16
 """Shared with each client: one slot of two words for each guarded view that it may have at the same time."""
 BOARD_SLOTS = BOARD_BYTES // 16
 
-_GONE = (errno.ESRCH, errno.ENOENT, errno.EINVAL)
+_GONE = (errno.ESRCH, errno.ENOENT)
 """The process has ended, or has unmapped the range: nobody is left to be told."""
 
 

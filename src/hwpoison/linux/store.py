@@ -85,7 +85,7 @@ class LinuxStore:
 
     def take(self, page: int, number: int | None = None) -> LinuxFrame | None:
         offset = page * PAGE_SIZE
-        if not self._present(offset):
+        if not self.present(page):
             return None
         moved = os.splice(self.fd, self._transit[1], PAGE_SIZE, offset_src=offset, flags=os.SPLICE_F_NONBLOCK)
         assert moved == PAGE_SIZE, f"{moved} bytes of a page pinned"
@@ -95,7 +95,7 @@ class LinuxStore:
             frame.release()
             raise StaleFrameError(errno.ESTALE, f"page {page} is not in frame {number:#x} any more")
         syscalls.punch_hole(self.fd, offset, PAGE_SIZE)
-        if self._present(offset):
+        if self.present(page):
             frame.release()
             raise NotIsolatedError(errno.EBUSY, f"page {page} is part of a large frame, which is in use")
         return frame
@@ -103,7 +103,8 @@ class LinuxStore:
     def drop(self, first: int, count: int) -> None:
         syscalls.punch_hole(self.fd, first * PAGE_SIZE, count * PAGE_SIZE)
 
-    def _present(self, offset: int) -> bool:
+    def present(self, page: int) -> bool:
+        offset = page * PAGE_SIZE
         try:
             return os.lseek(self.fd, offset, os.SEEK_DATA) == offset
         except OSError as error:
@@ -167,6 +168,10 @@ class LinuxStore:
         content = os.pread(self.fd, count * PAGE_SIZE, first * PAGE_SIZE)
         assert len(content) == count * PAGE_SIZE
         return content
+
+    def write(self, offset: int, data: Content) -> None:
+        written = os.pwrite(self.fd, data, offset)
+        assert written == len(data)
 
     def read_only_fd(self) -> int:
         """A descriptor of the memory through which nobody can write."""

@@ -32,11 +32,6 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.vmsplice.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint]
 _libc.vmsplice.restype = ctypes.c_ssize_t
-_libc.process_vm_writev.argtypes = [
-    ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong,
-]  # fmt: skip
-_libc.process_vm_writev.restype = ctypes.c_ssize_t
-
 FALLOC_FL_KEEP_SIZE = 1
 FALLOC_FL_PUNCH_HOLE = 2
 MAP_FIXED = 0x10
@@ -123,16 +118,6 @@ def all_resident(address: int, nbytes: int) -> bool:
     vector = ctypes.create_string_buffer(pages)
     _checked(_libc.mincore(address, nbytes, vector))
     return all(one & 1 for one in vector.raw[:pages])
-
-
-def write_memory(address: int, data: bytes | bytearray | memoryview) -> int:
-    """Copy `data` to `address` in this process by a system call, so that a bad page is EFAULT and never a signal.
-
-    The bytes copied, fewer if a later page is bad; OSError if the first is.
-    """
-    local = struct.pack("PN", address_of(data), len(data))
-    remote = struct.pack("PN", address, len(data))
-    return _checked(_libc.process_vm_writev(os.getpid(), local, 1, remote, 1, 0))
 
 
 def pin_memory(pipe: int, address: int, nbytes: int) -> int:

@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import logging
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -83,6 +84,9 @@ def _run(
 ) -> None:
     """The manager's whole life."""
     syscalls.name_process("hwpoison-manager")
+    # A client costs about six descriptors, and a shell allows 1,024: take what the administrator allows.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     instance = secrets.token_hex(4)
     held = keeper.start()
     try:

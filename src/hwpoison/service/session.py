@@ -15,7 +15,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from hwpoison import protocol
-from hwpoison.core import faults, recovery, writeback
+from hwpoison.core import recovery, writeback
 from hwpoison.core.mappings import Client, Mapping
 from hwpoison.core.objects import MemoryObject
 from hwpoison.core.pages import DIRTY
@@ -228,17 +228,15 @@ class Session:
 
     async def _on_mapping(
         self,
-        request: protocol.Populate | protocol.Prefetch | protocol.Repair | protocol.Discard | protocol.Lost | protocol.Met
+        request: protocol.Write | protocol.Prefetch | protocol.Repair | protocol.Discard | protocol.Lost | protocol.Met
         | protocol.Flush,
     ) -> protocol.Message:  # fmt: skip
         manager = self.server.manager
         mapping = self._mapping(request.mapping)
         object_ = mapping.object
         match request:
-            case protocol.Populate():
-                first, count = object_.pages_of(request.offset, request.nbytes)
-                lost = await faults.populate(manager, mapping, first, count, write=request.write)
-                return protocol.Ranges(_joined(object_, lost))
+            case protocol.Write():
+                await recovery.write(manager, object_, request.offset, request.data)
             case protocol.Prefetch():
                 await manager.prefetch(mapping, *object_.pages_of(request.offset, request.nbytes))
             case protocol.Repair():

@@ -1,0 +1,184 @@
+"""What the commands share: options, sizes and numbers, the way to a manager, and how things are printed."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from hwpoison.app.manager import SharedManager
+    from hwpoison.core.records import Failure
+
+FINE = 0
+FOUND = 1
+USAGE = 2
+NO_MANAGER = 3
+INTERRUPTED = 130
+
+SOCKET_VARIABLE = "HWPOISON_SOCKET"
+HOW_TO_START = "start one with `hwpoison serve --socket PATH`, or run the program with `hwpoison run -- COMMAND`"
+JSON_VERSION = 1
+NUMBER_MAX = (1 << 63) - 1
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class NoManagerError(click.ClickException):
+    """Nobody listens where a manager should."""
+
+    exit_code = NO_MANAGER
+
+
+# --- options and arguments
+
+
+def socket_option(function: Function) -> Function:
+    """`--socket`, for a command that asks a manager."""
+    return click.option(
+        "--socket", metavar="PATH", envvar=SOCKET_VARIABLE, help=f"The manager's socket. [default: ${SOCKET_VARIABLE}]"
+    )(function)
+
+
+def json_option(function: Function) -> Function:
+    """`--json`, passed on as `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")(function)
+
+
+def memory_limit_option(function: Function) -> Function:
+    """`--memory-limit`, in bytes."""
+    return click.option(
+        "--memory-limit", type=size, help="Drop clean file pages to hold no more than this. 512M and 2GiB are sizes."
+    )(function)
+
+
+def number(text: str) -> int:
+    """A number from 0 on: decimal, or hexadecimal with 0x."""
+    try:
+        value = int(text, 0)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no number; write it in decimal, or in hexadecimal with 0x") from None
+    if not 0 <= value <= NUMBER_MAX:
+        raise click.BadParameter(f"{text} is not between 0 and {NUMBER_MAX:#x}")
+    return value
+
+
+def size(text: str) -> int:
+    """A number of bytes; units are powers of 1024, written as K or KiB, M or MiB, G or GiB, T or TiB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([KMGT])(?:iB)?|B)?", text, re.ASCII | re.IGNORECASE)
+    if found is None:
+        raise click.BadParameter(f"{text!r} is no size; write bytes, or units of 1024 such as 512M or 2GiB")
+    amount, unit = found.groups(default="")
+    nbytes = int(Decimal(amount) * 1024 ** " KMGT".index(unit.upper() or " "))
+    if not 0 < nbytes <= NUMBER_MAX:
+        raise click.BadParameter(f"{text!r} is no size that memory can have; write 512M, say")
+    return nbytes
+
+
+# --- the way to a manager
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[SharedManager]:
+    """The manager at `address`, for asking and reporting. Nothing is printed inside: a reader of the output that goes
+    away would look like a manager that does. Raises `NoManagerError`.
+    """
+    if not address:
+        raise NoManagerError(f"no manager is named by --socket or ${SOCKET_VARIABLE}; {HOW_TO_START}")
+    import hwpoison
+    from hwpoison.protocol import MalformedError
+
+    try:
+        manager = hwpoison.connect(address, maps=False)
+    except (ConnectionError, MalformedError) as error:
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+        raise NoManagerError(f"no manager answers at {address}: {reason(cause)}; {HOW_TO_START}") from error
+    try:
+        with manager:
+            yield manager
+    except ConnectionError as error:
+        raise NoManagerError(f"{reason(error)}; {HOW_TO_START}") from error
+
+
+# --- what is printed
+
+
+def reason(error: BaseException) -> str:
+    """What to tell a person about `error`."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {error.filename}" if error.filename else "")
+    return str(error) or type(error).__name__
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """One JSON document, indented."""
+    import msgspec
+
+    click.echo(msgspec.json.format(msgspec.json.encode({"version": JSON_VERSION} | document)).decode())
+
+
+def print_failure(where: str, failure: Failure, *, as_json: bool) -> int:
+    """The handling of one report; the exit status: data that is lost and a failed recovery are found."""
+    from hwpoison.core.records import Outcome, kernel_line
+
+    if as_json:
+        import msgspec
+
+        print_json(msgspec.to_builtins(failure))
+    else:
+        click.echo(paint(printable(kernel_line(where, failure)), outcome=failure.outcome))
+        if failure.victims:
+            click.echo(f"Data lost in process {', '.join(map(str, failure.victims))}")
+    return FOUND if failure.victims or failure.outcome is Outcome.FAILED else FINE
+
+
+OUTCOME_COLOURS = {"Recovered": "green", "Delayed": "yellow", "Ignored": "cyan", "Failed": "red"}
+
+
+def coloured() -> bool:
+    """True if standard output is a terminal that shows colours, and nobody asked for none (https://no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def paint(text: str, *, outcome: str = "", colour: str = "") -> str:
+    """`text` in the colour of an outcome, or in `colour`."""
+    colour = colour or OUTCOME_COLOURS.get(outcome, "")
+    return click.style(text, fg=colour) if colour and coloured() else text
+
+
+def printable(text: str) -> str:
+    """`text` without what would act on the terminal: names are given by programs and files."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
+def size_text(nbytes: int) -> str:
+    """A size for people."""
+    size = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} TiB"
+
+
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[str] = ()) -> None:
+    """A table, without headings if there are none; `numbers` are those of columns that are aligned to the right.
+
+    A terminal's width is kept; a file has none.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, header_style="bold", pad_edge=False, show_header=bool(headings))
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading in numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text.from_ansi(cell) for cell in row))
+    Console(highlight=False, width=None if sys.stdout.isatty() else 10_000).print(table)

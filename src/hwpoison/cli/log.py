@@ -1,0 +1,95 @@
+"""`hwpoison log`: the event log, which is read from its file and needs no manager."""
+
+from __future__ import annotations
+
+import select
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from hwpoison.cli.common import FINE, JSON_VERSION, json_option, paint, printable
+
+if TYPE_CHECKING:
+    from hwpoison.events import LoggedEvent
+
+FOLLOW_SECONDS = 0.2
+"""How often `--follow` looks for more."""
+
+
+@click.command
+@json_option
+@click.option("--follow", is_flag=True, help="Go on with the events that come, until Ctrl-C.")
+@click.option("--event", metavar="ID", help="Only what belongs to one failure.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the last N events.")
+@click.option("--path", type=click.Path(path_type=Path), help="The log's file. [default: $HWPOISON_LOG, or the user's log]")
+def log(as_json: bool, follow: bool, event: str | None, limit: int | None, path: Path | None) -> int:
+    """Read the event log: every report, outcome, notice, repair and discard, of managers that have ended too.
+
+    The events of one failure have the same id. With --json each line is an object; times are UTC.
+
+    \b
+    Example:
+      hwpoison log --limit 20
+      hwpoison log --follow --json
+    """
+    from hwpoison.events import default_path, read
+
+    path = path or default_path()
+    show = _json_line if as_json else _line
+    found = _following(path, event, limit) if follow else iter([read(path, event_id=event, limit=limit)])
+    with suppress(KeyboardInterrupt):
+        for events in found:
+            for one in events:
+                sys.stdout.write(show(one) + "\n")
+            sys.stdout.flush()
+    return FINE
+
+
+def _following(path: Path, event_id: str | None, limit: int | None) -> Iterator[Iterator[LoggedEvent]]:
+    """What is there, and then whatever comes, until nobody reads standard output any more."""
+    from hwpoison.events import read
+
+    last = 0
+    inode = None
+
+    def noted(events: Iterator[LoggedEvent]) -> Iterator[LoggedEvent]:
+        nonlocal last
+        for one in events:
+            last = one.id
+            yield one
+
+    reader_is_gone = select.poll()
+    reader_is_gone.register(sys.stdout.fileno(), 0)
+    while True:
+        # A log that does not exist yet, or was removed, will come with the next event.
+        with suppress(FileNotFoundError):
+            if inode != (inode := path.stat().st_ino):
+                last = 0
+            yield noted(read(path, after=last, event_id=event_id, limit=limit))
+            limit = None
+        if reader_is_gone.poll(FOLLOW_SECONDS * 1000):
+            return
+
+
+def _json_line(event: LoggedEvent) -> str:
+    import msgspec
+
+    return msgspec.json.encode({"version": JSON_VERSION} | msgspec.structs.asdict(event)).decode()
+
+
+def _line(event: LoggedEvent) -> str:
+    time = event.time.isoformat(sep=" ", timespec="milliseconds").replace("+00:00", "Z")
+    place = f"{event.name}+{event.offset:#x}" if event.offset >= 0 else event.name
+    said = f"{event.state}: {event.outcome}" if event.state and event.outcome else event.state or event.outcome
+    details = [
+        f"{event.nbytes} bytes" if event.nbytes else "",
+        f"pid {event.pid}" if event.pid else "",
+        said,
+        event.detail,
+    ]
+    text = "  ".join(printable(one) for one in (place, *details) if one)
+    return f"{time}  {event.event_id or '-':<12}  {paint(f'{event.kind:<8}', outcome=event.outcome)}  {text}"

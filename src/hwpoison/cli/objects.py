@@ -1,0 +1,51 @@
+"""`hwpoison objects`: the memory that a manager owns."""
+
+from __future__ import annotations
+
+import click
+
+from hwpoison.cli.common import (
+    FINE,
+    FOUND,
+    connected,
+    json_option,
+    paint,
+    print_json,
+    print_table,
+    printable,
+    size_text,
+    socket_option,
+)
+
+HEADINGS = ("NAME", "KIND", "MODE", "SIZE", "PRESENT", "DIRTY", "LOST", "MAPPINGS", "PROCESSES")
+
+
+@click.command
+@socket_option
+@json_option
+def objects(socket: str | None, as_json: bool) -> int:
+    """List the memory that a manager owns. The exit status is 1 if any of it is lost.
+
+    \b
+    Example:
+      hwpoison objects --socket /run/user/1000/hwpoison.sock
+    """
+    with connected(socket) as manager:
+        found = manager.objects()
+    if as_json:
+        import msgspec
+
+        print_json({"objects": msgspec.to_builtins(found)})
+    elif found:
+        rows = [
+            (
+                printable(one.name), one.kind, one.mode, size_text(one.nbytes), size_text(one.present),
+                size_text(one.dirty), paint(size_text(one.lost), colour="red" if one.lost else ""), str(one.mappings),
+                " ".join(map(str, one.pids)),
+            )
+            for one in found
+        ]  # fmt: skip
+        print_table(HEADINGS, rows, numbers=HEADINGS[3:8])
+    else:
+        click.echo("The manager owns no memory yet.")
+    return FOUND if any(one.lost for one in found) else FINE

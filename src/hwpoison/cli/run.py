@@ -1,0 +1,71 @@
+"""`hwpoison run`: a manager for the life of a command."""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import suppress
+
+import click
+
+from hwpoison.cli.common import SOCKET_VARIABLE, memory_limit_option, printable
+
+NOT_EXECUTABLE = 126
+NOT_FOUND = 127
+KILLED = 128
+"""Exit statuses as shells have them; a signal's number is added to the last."""
+
+PASSED_ON = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
+SI_KERNEL = 0x80
+"""The `si_code` of a signal from the terminal. The command, which is in our process group, has it too."""
+
+
+@click.command(context_settings={"allow_interspersed_args": False})
+@memory_limit_option
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def run(memory_limit: int | None, command: tuple[str, ...]) -> int:
+    """Run COMMAND with a manager of its own, which it finds through $HWPOISON_SOCKET with hwpoison.connect().
+
+    Signals are passed on, and the exit status is the command's: 128 + n if signal n ended it, 127 if it was not found,
+    126 if it could not be run.
+
+    \b
+    Example:
+      hwpoison run --memory-limit 2GiB -- python train.py --epochs 3
+    """
+    import hwpoison
+
+    with hwpoison.Manager(memory_limit=memory_limit) as manager:
+        environment = os.environ | {SOCKET_VARIABLE: manager.socket}
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON | {signal.SIGCHLD})
+        # A parent may have left SIGCHLD ignored, and then nobody could wait for the command.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        try:
+            child = _start(command, environment, mask)
+        except OSError as error:
+            not_found = isinstance(error, FileNotFoundError)
+            what = "command not found" if not_found else error.strerror
+            click.echo(f"hwpoison run: {printable(command[0])}: {what}", err=True)
+            return NOT_FOUND if not_found else NOT_EXECUTABLE
+        return _wait(child)
+
+
+def _start(command: tuple[str, ...], environment: dict[str, str], mask: set[int]) -> int:
+    """The process id. The command stays in our process group, so that Ctrl-C and Ctrl-Z reach it as if it ran alone."""
+    # Python ignores two signals, which programs expect to end them.
+    defaults = [signal.SIGPIPE, signal.SIGXFSZ]
+    return os.posix_spawnp(command[0], command, environment, setsigmask=mask, setsigdef=defaults)
+
+
+def _wait(child: int) -> int:
+    """Pass signals on until the command ends; its exit status. The signals are blocked, so none is lost between two."""
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else KILLED - code
+        signalled = signal.sigwaitinfo(PASSED_ON | {signal.SIGCHLD})
+        if signalled.si_signo != signal.SIGCHLD and signalled.si_code != SI_KERNEL:
+            # A command that has become another user is told by whoever may tell it.
+            with suppress(PermissionError):
+                os.kill(child, signalled.si_signo)

@@ -1,0 +1,33 @@
+"""`hwpoison serve`: a manager that processes share."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from hwpoison.cli.common import SOCKET_VARIABLE, memory_limit_option
+
+
+@click.command
+@click.option(
+    "--socket", metavar="PATH", envvar=SOCKET_VARIABLE, required=True,
+    help=f"Where to listen; @NAME is an abstract address. [default: ${SOCKET_VARIABLE}]",
+)  # fmt: skip
+@memory_limit_option
+@click.option("--offline-foreign", is_flag=True, help="Hand reports on unmanaged frames to the kernel (root).")
+def serve(socket: str, memory_limit: int | None, offline_foreign: bool) -> int:
+    """Run a manager that processes share, until SIGTERM or Ctrl-C.
+
+    Programs find it through $HWPOISON_SOCKET or hwpoison.connect(PATH). It serves its own user and root, and writes one
+    line per failure to standard error.
+
+    \b
+    Example:
+      hwpoison serve --socket /run/user/1000/hwpoison.sock --memory-limit 2GiB
+    """
+    if offline_foreign and os.geteuid() != 0:
+        raise click.UsageError("--offline-foreign needs root, as the kernel's hard offline does; run it with sudo")
+    from hwpoison.service.daemon import serve as serve_at
+
+    return serve_at(socket, memory_limit=memory_limit, offline_foreign=offline_foreign)
