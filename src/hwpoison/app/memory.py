@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +25,20 @@ from hwpoison.linux.syscalls import PAGE_SIZE
 if TYPE_CHECKING:
     from hwpoison.app.manager import BaseManager
     from hwpoison.app.notices import Handle
+
+
+_mapped: dict[int, int] = {}
+"""Address and size of every mapping of this process."""
+
+
+def _fence_in_child() -> None:
+    """A forked child has none of the mappings. Nothing else may come to their addresses: views of them would show it."""
+    for address, nbytes in _mapped.items():
+        with suppress(OSError):
+            syscalls.fence(address, nbytes)
+
+
+os.register_at_fork(after_in_child=_fence_in_child)
 
 
 class Memory:
@@ -77,6 +93,8 @@ class Memory:
             userfaultfd.protect(opened.fd, address, len(mapping), on=True)
         mapped = self._connection.request(protocol.Map(self._found.object, address, guarded), protocol.Mapped)
         self._connection.watch_mapping(mapping, mapped.mapping)
+        _mapped[address] = len(mapping)
+        weakref.finalize(mapping, _mapped.pop, address, None).atexit = False
         return mapped
 
     def guarded_view(self) -> GuardedView:

@@ -30,11 +30,11 @@ _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_
 _libc.mmap.restype = ctypes.c_void_p
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_libc.vmsplice.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint]
-_libc.vmsplice.restype = ctypes.c_ssize_t
 FALLOC_FL_KEEP_SIZE = 1
 FALLOC_FL_PUNCH_HOLE = 2
 MAP_FIXED = 0x10
+MAP_FIXED_NOREPLACE = 0x100000
+MAP_NORESERVE = 0x4000
 MADV_NOHUGEPAGE = 15
 SI_QUEUE = -1
 _PR_SET_PDEATHSIG = 1
@@ -102,6 +102,12 @@ def map_memory(nbytes: int, protection: int, flags: int, fd: int, address: int =
     return int(result)
 
 
+def fence(address: int, nbytes: int) -> None:
+    """Make addresses where nothing is mapped inaccessible, so that nothing else comes there."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED_NOREPLACE | MAP_NORESERVE
+    map_memory(nbytes, 0, flags, -1, address)
+
+
 def unmap_memory(address: int, nbytes: int) -> None:
     """munmap(2)."""
     _checked(_libc.munmap(address, nbytes))
@@ -118,12 +124,6 @@ def all_resident(address: int, nbytes: int) -> bool:
     vector = ctypes.create_string_buffer(pages)
     _checked(_libc.mincore(address, nbytes, vector))
     return all(one & 1 for one in vector.raw[:pages])
-
-
-def pin_memory(pipe: int, address: int, nbytes: int) -> int:
-    """vmsplice(2) one range into a pipe, which pins its frames. The bytes spliced."""
-    vector = struct.pack("PN", address, nbytes)
-    return _checked(_libc.vmsplice(pipe, vector, 1, 0))
 
 
 def queue_signal(process: int, thread: int, number: signal.Signals, value: int) -> None:
