@@ -1,12 +1,16 @@
 /*
  * The floor of a first touch: one missing page of a file object, answered by another process.
  *
- *     fault FILE PAGES
+ *     fault FILE PAGES [apart]
  *
  * A client touches PAGES distinct pages of the object in random order, each for the first time, and
  * times each touch. The handler is the smallest there can be: it waits with poll() (as a manager must,
  * that has other descriptors to watch), reads the event, reads the page from FILE, publishes it and
  * wakes the client. No read-ahead: every touch is one fault.
+ *
+ * What dominates is waking a process, which costs much more on another CPU than on the same one. The
+ * scheduler chooses, unless it is told: "apart" gives the handler the first allowed CPU and the client
+ * the second.
  *
  * Prints {"count", "mean_us", "p50_us", "p99_us"}.
  */
@@ -103,11 +107,13 @@ static void check_bytes(const struct touches *touches)
 
 int main(int count, char **arguments)
 {
-	if (count != 3)
-		fail("usage: fault FILE PAGES");
+	int apart = count == 4 && !strcmp(arguments[3], "apart");
+	if (count != 3 && !apart)
+		fail("usage: fault FILE PAGES [apart]");
 	size_t nbytes;
 	int file = open_file(arguments[1], &nbytes);
 	size_t pages = number_argument(arguments[2], "PAGES");
+	int handler_cpu = allowed_cpu(0);
 	size_t total = (nbytes + page_size() - 1) / page_size(), size = total * page_size();
 	if (pages > total)
 		fail("PAGES is %zu, but FILE has only %zu", pages, total);
@@ -121,7 +127,11 @@ int main(int count, char **arguments)
 		.got = shared_memory(pages),
 	};
 	int object = new_object(size);
+	if (apart)
+		stay_on_cpu(allowed_cpu(1)); /* the client inherits it */
 	struct client client = start_client(object, size, touch_pages, &touches);
+	if (apart)
+		stay_on_cpu(handler_cpu);
 	struct own_mapping own = map_own(object, size);
 	size_t answered = answer_faults(file, client, own);
 	reap_client(client.pid);

@@ -15,6 +15,7 @@
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
@@ -105,6 +106,31 @@ static inline struct figures figures_of(uint64_t *ns, size_t count)
 		.p50_us = (double)ns[(count * 50 + 99) / 100 - 1] / 1e3,
 		.p99_us = (double)ns[(count * 99 + 99) / 100 - 1] / 1e3,
 	};
+}
+
+/* ---- CPUs ---- */
+
+/* The first (0), second (1), ... CPU that this process may run on. */
+static inline int allowed_cpu(int which)
+{
+	cpu_set_t allowed;
+
+	if (sched_getaffinity(0, sizeof allowed, &allowed))
+		fail_call("sched_getaffinity");
+	for (int cpu = 0; cpu < CPU_SETSIZE; cpu++)
+		if (CPU_ISSET(cpu, &allowed) && which-- == 0)
+			return cpu;
+	fail("needs two CPUs: one for the manager and one for the client");
+}
+
+static inline void stay_on_cpu(int cpu)
+{
+	cpu_set_t one;
+
+	CPU_ZERO(&one);
+	CPU_SET(cpu, &one);
+	if (sched_setaffinity(0, sizeof one, &one))
+		fail_call("sched_setaffinity");
 }
 
 /* ---- Memory ---- */

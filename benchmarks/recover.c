@@ -30,7 +30,6 @@
  * Prints {"count", "mean_us", "p50_us", "p99_us", "after_event": {"mean_us", "p50_us", "p99_us"}}.
  */
 #include "floor.h"
-#include <sched.h>
 #include <stdatomic.h>
 #include <sys/resource.h>
 
@@ -54,32 +53,6 @@ struct manager {
 	int pin[2], quarantine[2];
 	size_t held, held_max;   /* frames in the quarantine, and how many it can hold */
 };
-
-/*
- * A reader that reads all the time runs beside the manager: each has a CPU. On one CPU the two would take
- * turns, and a round could pass with no reader running.
- */
-static int allowed_cpu(int which)
-{
-	cpu_set_t allowed;
-
-	if (sched_getaffinity(0, sizeof allowed, &allowed))
-		fail_call("sched_getaffinity");
-	for (int cpu = 0; cpu < CPU_SETSIZE; cpu++)
-		if (CPU_ISSET(cpu, &allowed) && which-- == 0)
-			return cpu;
-	fail("needs two CPUs: one for the manager and one for the reader");
-}
-
-static void stay_on_cpu(int cpu)
-{
-	cpu_set_t one;
-
-	CPU_ZERO(&one);
-	CPU_SET(cpu, &one);
-	if (sched_setaffinity(0, sizeof one, &one))
-		fail_call("sched_setaffinity");
-}
 
 static long voluntary_switches(void)
 {
@@ -229,6 +202,10 @@ int main(int count, char **arguments)
 	manager.held_max = (size_t)fcntl(manager.quarantine[1], F_GETPIPE_SZ) / page_size();
 	manager.object = new_object(size);
 
+	/*
+	 * A reader that reads all the time runs beside the manager: each has a CPU. On one CPU the two would take
+	 * turns, and a round could pass with no reader running.
+	 */
 	int manager_cpu = allowed_cpu(0), reader_cpu = allowed_cpu(1);
 	stay_on_cpu(reader_cpu); /* the client inherits it */
 	manager.client = start_client(manager.object, size, read_for_ever, manager.reader);

@@ -101,7 +101,11 @@ def values_of(event: Event) -> tuple[str | int, ...]:
 
 
 def has_schema(connection: sqlite3.Connection, path: Path) -> bool:
-    """True if the open file is an event log, False if it is still empty. Raises `NotAnEventLogError`."""
+    """True if the open file is an event log, False if it is still empty. Raises `NotAnEventLogError`.
+
+    To be asked within a transaction, so that somebody who makes the log at this moment is seen wholly or not at all.
+    """
+    assert connection.in_transaction
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     if version == 0 and not tables:
@@ -163,6 +167,7 @@ def _query(path: Path, query: str, values: tuple[str | int, ...]) -> list[tuple[
         raise PermissionError(f"the event log {path} belongs to somebody else; read it as that user or as root")
     try:
         with closing(_connect(path)) as connection:
+            connection.execute("BEGIN")
             return connection.execute(query, values).fetchall() if has_schema(connection, path) else []
     except sqlite3.OperationalError as error:
         raise OSError(f"the event log {path} cannot be read: {error}; try again") from error

@@ -40,10 +40,10 @@ class Connection:
         self._unmapped: deque[int] = deque()
         self.closed = False
         fds: list[int] = []
-        if maps:
-            self.userfaultfd = open_userfaultfd((NEEDED | Feature.POISON) & ~without)
-            fds = [self.userfaultfd.fd]
         try:
+            if maps:
+                self.userfaultfd = open_userfaultfd((NEEDED | Feature.POISON) & ~without)
+                fds = [self.userfaultfd.fd]
             reply, board = self._exchange(channel, protocol.Hello(), fds)
             if isinstance(reply, protocol.Failed):
                 raise protocol.error_of(reply)

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
@@ -21,7 +22,7 @@ from hwpoison.app.notices import Notices
 from hwpoison.core.records import Failure, Report, Source
 from hwpoison.linux.files import checked_file
 from hwpoison.linux.syscalls import PAGE_SIZE
-from hwpoison.linux.userfaultfd import NO_FEATURE, Feature
+from hwpoison.linux.userfaultfd import NO_FEATURE, Feature, open_userfaultfd
 
 SOCKET_VARIABLE = "HWPOISON_SOCKET"
 
@@ -215,6 +216,8 @@ class Manager(BaseManager):
             raise ValueError(f"memory_limit is in bytes and at least one page ({PAGE_SIZE}), not {memory_limit}")
         if offline_foreign and os.geteuid():
             raise PermissionError("offline_foreign needs root: the kernel's hard offline does")
+        # Where it can't be had, nothing is started: a manager that is killed while it starts may leave its keeper for a while.
+        os.close(open_userfaultfd().fd)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, "-P", "-m", "hwpoison.service.daemon", "--channel", str(theirs.fileno())]
         if memory_limit is not None:
@@ -243,11 +246,19 @@ class Manager(BaseManager):
         connection.socket_name = self.statistics().socket
 
     def close(self) -> None:
-        """As `BaseManager.close`; then the manager process ends, if no other process uses it."""
-        super().close()
+        """As `BaseManager.close`; then the manager process ends, or with the last other process that uses it."""
         if self.connection.closed:
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout=10)
+            return
+        alone = True
+        with suppress(OSError):
+            alone = self.statistics().clients <= 1
+        try:
+            super().close()
+        finally:
+            if self.connection.closed:
+                reaper = threading.Thread(target=self._process.wait, name="hwpoison-reaper", daemon=True)
+                reaper.start()
+                reaper.join(10 if alone else 0)
 
 
 class SharedManager(BaseManager):

@@ -139,6 +139,9 @@ class Memory:
             content = bytes(view.buffer[offset : offset + nbytes])
         finally:
             met = view.leave(seen)
+        # An overlapping guard may have met other losses.
+        begin, end = offset // PAGE_SIZE * PAGE_SIZE, offset + nbytes
+        met = [one for one in met if one.offset < end and begin < one.offset + one.nbytes]
         if met:
             raise PoisonError(met)
         return content
@@ -235,11 +238,10 @@ class Memory:
     # --- its life
 
     def close(self) -> None:
-        """Flush, and unmap. Raises BufferError, with everything still usable, if there are views."""
+        """Unmap, and flush. Raises BufferError, with everything still usable, if there are views; what `flush` raises, when
+        it is closed all the same."""
         if self.closed:
             return
-        if self.writable:
-            self.flush()
         if self._guarded is not None:
             self._guarded.close()
             self._guarded = None
@@ -249,8 +251,14 @@ class Memory:
             raise BufferError(f"{self.name!r} has views (arrays or memoryviews); delete them before close()") from None
         self.closed = True
         os.close(self._fd)
-        self._connection.request(protocol.Unmap(self._number), protocol.Done)
         self._manager.forget(self)
+        # Only now: a flush that fails must not leave a mapping behind, whose absent pages would be zeros for everybody once
+        # the userfaultfd is closed. What is dirty is in the object, not in the mapping.
+        try:
+            if self.writable:
+                self._connection.request(protocol.Flush(self._number), protocol.Done)
+        finally:
+            self._connection.request(protocol.Unmap(self._number), protocol.Done)
 
     def __enter__(self) -> Memory:
         return self

@@ -36,6 +36,7 @@ class GuardedView:
         self._guards_word = 2 * mapped.slot + 1
         self._lock = threading.Lock()
         self._guards = 0
+        self._looking = 0
         self._clean = 0
         self._forget = 0
 
@@ -46,7 +47,11 @@ class GuardedView:
     def enter(self) -> int:
         """One guard more; what it has seen of the count so far."""
         with self._lock:
+            if not self._looking and self._words[self._met_word] != self._clean:
+                # Somebody has used the view outside of all guards. What was left there must not meet this one.
+                self._settle(self._clean)
             self._guards += 1
+            self._looking += 1
             self._words[self._guards_word] = self._guards
             return self._clean
 
@@ -54,13 +59,19 @@ class GuardedView:
         """One guard less; the losses met since `seen`.
 
         The word of open guards is stored before the count is loaded; the manager counts before it looks at the open
-        guards. So a loss that is met while the last guard ends is either seen here or answered with SIGBUS.
+        guards. So a loss that is met while the last guard ends is either seen here or answered with SIGBUS. Nothing is
+        forgotten before the last guard has looked: others may have ended since this one was left.
         """
         with self._lock:
             self._guards -= 1
             self._words[self._guards_word] = self._guards
         with self._lock:
-            return self._settle(seen)[0] if self._words[self._met_word] != seen else []
+            try:
+                return self._settle(seen)[0] if self._words[self._met_word] != seen else []
+            finally:
+                self._looking -= 1
+                if not self._looking:
+                    self._forget = self._clean
 
     def unseen(self, seen: int) -> bool:
         """True if losses were met since `seen`."""
@@ -76,8 +87,6 @@ class GuardedView:
         for offset, nbytes in reply.ranges:
             self._mapping.madvise(mmap.MADV_DONTNEED, offset, -(-nbytes // PAGE_SIZE) * PAGE_SIZE)
         self._clean = max(self._clean, reply.count)
-        if not self._guards:
-            self._forget = self._clean
         return [Range(self._name, *one) for one in reply.ranges], reply.count
 
     def lost(self) -> list[Range]:

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 
@@ -31,6 +31,8 @@ COMMANDS = {
     "inject": Place("hwpoison.cli.inject:inject", "Simulate a failure of one page."),
     "report": Place("hwpoison.cli.report:report", "Report a page that really is bad."),
     "log": Place("hwpoison.cli.log:log", "Read the event log, of managers that have ended too."),
+    "demo": Place("hwpoison.cli.demo:demo", "Watch memory fail in every way, and every byte be right."),
+    "bench": Place("hwpoison.cli.bench:bench", "Measure what this costs here, each figure beside its floor."),
 }
 
 
@@ -47,6 +49,17 @@ class Commands(click.Group):
         command = getattr(import_module(module), attribute)
         assert isinstance(command, click.Command)
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            status = super().invoke(ctx)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            # Whoever read our output has read enough. Python's own flush at the end must not find the same again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return FINE
+        return status
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -80,8 +93,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status. Every error is one line on standard error."""
     try:
         status = command.main(arguments, prog_name="hwpoison", standalone_mode=False)
-        if sys.stdout is not None:
-            sys.stdout.flush()
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx else "hwpoison"
         return _fail(path, f"{error.format_message()} (see {path} --help)", USAGE)
@@ -89,10 +100,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("hwpoison", error.format_message(), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has read enough. Python's own flush at the end must not find the same again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FINE
     except (OSError, ValueError, MemoryError, RuntimeError) as error:
         return _fail("hwpoison", reason(error), USAGE)
     return status or FINE

@@ -53,23 +53,24 @@ def _following(path: Path, event_id: str | None, limit: int | None) -> Iterator[
     """What is there, and then whatever comes, until nobody reads standard output any more."""
     from hwpoison.events import read
 
-    last = 0
-    inode = None
+    last: LoggedEvent | None = None
 
     def noted(events: Iterator[LoggedEvent]) -> Iterator[LoggedEvent]:
         nonlocal last
         for one in events:
-            last = one.id
+            last = one
             yield one
 
     reader_is_gone = select.poll()
     reader_is_gone.register(sys.stdout.fileno(), 0)
     while True:
-        # A log that does not exist yet, or was removed, will come with the next event.
+        # A log that does not exist yet will come with the first event.
         with suppress(FileNotFoundError):
-            if inode != (inode := path.stat().st_ino):
-                last = 0
-            yield noted(read(path, after=last, event_id=event_id, limit=limit))
+            events = read(path, after=last.id - 1 if last else 0, event_id=event_id, limit=limit)
+            if last and next(events, None) != last:
+                # Somebody has removed the log, and this is another.
+                events = read(path, event_id=event_id)
+            yield noted(events)
             limit = None
         if reader_is_gone.poll(FOLLOW_SECONDS * 1000):
             return

@@ -16,6 +16,7 @@ KILLED = 128
 """Exit statuses as shells have them; a signal's number is added to the last."""
 
 PASSED_ON = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
+WAITED_FOR = PASSED_ON | {signal.SIGCHLD}
 SI_KERNEL = 0x80
 """The `si_code` of a signal from the terminal. The command, which is in our process group, has it too."""
 
@@ -33,15 +34,17 @@ def run(memory_limit: int | None, command: tuple[str, ...]) -> int:
     Example:
       hwpoison run --memory-limit 2GiB -- python train.py --epochs 3
     """
-    import hwpoison
+    # Threads that an import starts, numpy's, inherit the mask. Without it they would take signals, and end the process.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, WAITED_FOR)
+    from hwpoison.app.manager import Manager
 
-    with hwpoison.Manager(memory_limit=memory_limit) as manager:
-        environment = os.environ | {SOCKET_VARIABLE: manager.socket}
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON | {signal.SIGCHLD})
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    with Manager(memory_limit=memory_limit) as manager:
+        signal.pthread_sigmask(signal.SIG_BLOCK, WAITED_FOR)
         # A parent may have left SIGCHLD ignored, and then nobody could wait for the command.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
-            child = _start(command, environment, mask)
+            child = _start(command, os.environ | {SOCKET_VARIABLE: manager.socket}, mask)
         except OSError as error:
             not_found = isinstance(error, FileNotFoundError)
             what = "command not found" if not_found else error.strerror
@@ -64,7 +67,7 @@ def _wait(child: int) -> int:
         if ended:
             code = os.waitstatus_to_exitcode(status)
             return code if code >= 0 else KILLED - code
-        signalled = signal.sigwaitinfo(PASSED_ON | {signal.SIGCHLD})
+        signalled = signal.sigwaitinfo(WAITED_FOR)
         if signalled.si_signo != signal.SIGCHLD and signalled.si_code != SI_KERNEL:
             # A command that has become another user is told by whoever may tell it.
             with suppress(PermissionError):

@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import IntFlag
+from functools import cache
 from typing import TYPE_CHECKING
 
 from hwpoison.core.locks import Held
@@ -27,6 +28,8 @@ WAIT_LIMIT_SECONDS = 30.0
 """How long a failure waits for a page that is being read in or written back, before it decides all the same."""
 LOCK_REPORT_SECONDS = 1.0
 """A wait longer than this is reported."""
+WAKE_AT_ONCE = 8
+"""In so many mappings those who met the page while it was away go on at once; in others when their fault is read."""
 
 
 class Condition(IntFlag):
@@ -166,6 +169,7 @@ def _observe(place: Place) -> Condition:
     return seen
 
 
+@cache
 def identify(condition: Condition) -> Row:
     """The first row that fits."""
     for row in TABLE:
@@ -177,6 +181,9 @@ def identify(condition: Condition) -> Row:
 async def _locked(handling: Handling, held: Held) -> bool:
     """Take the page lock, however long that takes; bounded, and a long wait is reported. False if the bound was met."""
     locks = handling.object.locks
+    if locks.free(held.first):
+        await locks.acquire(held)
+        return True
     for limit in (LOCK_REPORT_SECONDS, WAIT_LIMIT_SECONDS - LOCK_REPORT_SECONDS):
         try:
             async with asyncio.timeout(limit):
@@ -192,6 +199,8 @@ async def _locked(handling: Handling, held: Held) -> bool:
 
 async def _io_settled(handling: Handling) -> None:
     """Until the locked page is not on its way to its file; bounded."""
+    if not handling.object.pages.flags[handling.page] & WRITEBACK:
+        return
     try:
         async with asyncio.timeout(WAIT_LIMIT_SECONDS):
             await handling.object.written_back(handling.page)
@@ -321,13 +330,16 @@ async def _read_again(handling: Handling) -> Outcome:
         return _lose_block(handling)
     isolated = _quarantine(handling, frame)
     await watch(object_, page, 1)
-    if object_.mappings.covering(page):
+    mappings = object_.mappings.covering(page)
+    if mappings:
         try:
             await read_in(manager, object_, page, 1)
         except UnreadableError as error:
             handling.reason = str(error)
             handling.victims = await declare_unreadable(manager, object_, page, error, handling.event_id)
         else:
+            for mapping in mappings[:WAKE_AT_ONCE]:
+                mapping.wake(page)
             manager.record("refill", object_, page, event_id=handling.event_id)
     return isolated
 

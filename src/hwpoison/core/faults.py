@@ -64,10 +64,11 @@ def _at_once(manager: MemoryManager, mapping: Mapping, page: int, write: bool) -
     if backing is None:
         content: Content = manager.zeros(1)
     else:
-        if backing.writing or backing.file.identity() != backing.identity:
+        if backing.writing:
             return False
         nbytes = object_.nbytes_of(page, 1)
         cached = backing.file.read_cached(backing.offset + page * object_.page_size, nbytes)
+        # Looked at after the read: a change before or during it is seen.
         if cached is None or len(cached) < nbytes or backing.file.identity() != backing.identity:
             return False
         content = cached if nbytes == object_.page_size else bytes(cached).ljust(object_.page_size, b"\0")

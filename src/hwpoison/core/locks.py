@@ -46,6 +46,8 @@ class RangeLocks:
 
     def free(self, first: int, count: int = 1) -> bool:
         """True if nobody holds or waits for any page of the range."""
+        if not self._held and not self._waiting:
+            return True
         end = first + count
         return not any(one.first < end and first < one.end for one in self._held) and not any(
             one.first < end and first < one.end for one in self._waiting

@@ -15,6 +15,7 @@ from hwpoison.core.failure import memory_failure
 from hwpoison.core.machine import File, Hits, Machine, Space
 from hwpoison.core.mappings import Client, Mapping
 from hwpoison.core.objects import Backing, MemoryObject
+from hwpoison.core.pages import WRITEBACK
 from hwpoison.core.reclaim import Reclaim
 from hwpoison.core.records import Event, Failure, Report
 from hwpoison.core.writeback import write_back_all
@@ -120,6 +121,9 @@ class MemoryManager:
     async def _end(self, object_: MemoryObject) -> None:
         await write_back_all(self, object_)
         async with object_.locks.hold(0, object_.pages.count):
+            # What reclaim writes back needs no lock any more, but it needs the file.
+            for page in [page for run in object_.pages.runs(WRITEBACK) for page in range(run[0], run[0] + run[1])]:
+                await object_.written_back(page)
             if object_.references or object_.closed:
                 return
             object_.closed = True
@@ -143,7 +147,7 @@ class MemoryManager:
             return
         client.alive = False
         del self._clients[client.number]
-        for mapping in client.mappings:
+        for mapping in (*client.mappings, *client.vacated):
             self.unmap(mapping)
 
     def clients(self) -> list[Client]:
@@ -155,12 +159,12 @@ class MemoryManager:
     def map(self, client: Client, object_: MemoryObject, address: int, hits: Hits | None) -> Mapping:
         """`client` shows the whole object at `address`, registered with its userfaultfd. Raises ValueError."""
         size = object_.pages.count * object_.page_size
-        if (
-            address <= 0
-            or address % object_.page_size
-            or any(mapping.address < address + size and address < mapping.end_address for mapping in client.mappings)
-        ):
+        if address <= 0 or address % object_.page_size:
             raise ValueError(f"address {address:#x} is not that of a new mapping of {object_.name!r}")
+        for stale in client.mappings:
+            if stale.address < address + size and address < stale.end_address:
+                # Unmapped by another thread, which has not come to say so yet.
+                self._vacate(stale)
         self._numbers += 1
         mapping = Mapping(self._numbers, client, object_, address, 0, object_.pages.count, hits)
         client.add(mapping)
@@ -170,9 +174,18 @@ class MemoryManager:
 
     def unmap(self, mapping: Mapping) -> None:
         """The mapping is gone from the client's address space."""
+        if mapping in mapping.client.vacated:
+            mapping.client.vacated.remove(mapping)
+        else:
+            mapping.client.remove(mapping)
+            mapping.object.mappings.remove(mapping)
+        self.release(mapping.object)
+
+    def _vacate(self, mapping: Mapping) -> None:
+        """The addresses show something else by now. The mapping ends when the client says so."""
         mapping.client.remove(mapping)
         mapping.object.mappings.remove(mapping)
-        self.release(mapping.object)
+        mapping.client.vacated.add(mapping)
 
     # --- what happens
 

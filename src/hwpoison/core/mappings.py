@@ -7,8 +7,10 @@ mapping covers its whole object.
 
 from __future__ import annotations
 
+import asyncio
 from bisect import bisect_right, insort
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from hwpoison.core.machine import Hits, Space
@@ -26,8 +28,8 @@ class Mapping:
     """
 
     __slots__ = (
-        "address", "client", "count", "error_seen", "first", "hits", "markers", "met", "met_before", "number", "object",
-        "reads", "writes",
+        "_answers", "address", "client", "count", "error_seen", "first", "hits", "markers", "met", "met_before", "number",
+        "object", "reads", "writes",
     )  # fmt: skip
 
     def __init__(
@@ -53,6 +55,7 @@ class Mapping:
         self.reads: dict[int, int] = {}
         self.writes: dict[int, int] = {}
         self.error_seen = object_.error_sequence
+        self._answers: set[asyncio.Future[None]] = set()
 
     @property
     def end_address(self) -> int:
@@ -69,6 +72,22 @@ class Mapping:
     def covers(self, page: int) -> bool:
         return self.first <= page < self.first + self.count
 
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """While an access to a lost page gets its answer: zeros or a poison marker."""
+        answer = asyncio.get_running_loop().create_future()
+        self._answers.add(answer)
+        try:
+            yield
+        finally:
+            self._answers.discard(answer)
+            answer.set_result(None)
+
+    async def answered(self) -> None:
+        """Until all answers that are on their way have arrived: who takes zeros back must find them."""
+        for answer in tuple(self._answers):
+            await answer
+
     def wake(self, page: int, count: int = 1) -> None:
         """Let those that sleep on the pages try again."""
         self.client.space.wake(self.address_of(page), count * self.object.page_size)
@@ -77,7 +96,7 @@ class Mapping:
 class Client:
     """A process that is attached: its address space and its mappings, sorted by address."""
 
-    __slots__ = ("_addresses", "_mappings", "alive", "number", "page_size", "space", "told")
+    __slots__ = ("_addresses", "_mappings", "alive", "number", "page_size", "space", "told", "vacated")
 
     def __init__(self, number: int, space: Space, page_size: int) -> None:
         self.number = number
@@ -86,6 +105,8 @@ class Client:
         self.alive = True
         self._addresses: list[int] = []
         self._mappings: list[Mapping] = []
+        self.vacated: set[Mapping] = set()
+        """Mappings whose addresses show something else by now, and whose end the client has not told yet."""
         self.told: dict[tuple[int, int], int] = {}
         """How often each (thread, address) was sent SIGBUS for the same loss, where there are no poison markers."""
 

@@ -51,18 +51,20 @@ async def answer_lost(manager: MemoryManager, mapping: Mapping, page: int, threa
     how = "guarded" if mapping.hits else ""
     manager.record("access", object_, page, event_id=event_id, pid=mapping.client.pid, detail=how)
     address = mapping.address_of(page)
-    if mapping.hits is not None and mapping.hits.guarded:
-        # The loss is recorded first, then looked whether the guard is still open: it closes in the opposite order, so
-        # at least one of the two sees the other.
-        mapping.met.append(page)
-        mapping.hits.hit()
-        if mapping.hits.guarded:
-            await mapping.client.space.show_zeros(address)
-            return
-    if manager.machine.poison_markers:
-        await _mark(mapping, page, address)
-    else:
-        _signal_or_kill(manager, mapping, thread, address, loss)
+    with mapping.answering():
+        if mapping.hits is not None:
+            # The loss is recorded first, then looked whether a guard is still open: it closes in the opposite order, so
+            # at least one of the two sees the other. Outside of all guards it is recorded for the next one, which clears
+            # what is left here.
+            mapping.met.append(page)
+            mapping.hits.hit()
+            if mapping.hits.guarded:
+                await mapping.client.space.show_zeros(address)
+                return
+        if manager.machine.poison_markers:
+            await _mark(mapping, page, address)
+        else:
+            _signal_or_kill(manager, mapping, thread, address, loss)
 
 
 async def _mark(mapping: Mapping, page: int, address: int) -> None:

@@ -256,6 +256,8 @@ async def _fresh(manager: MemoryManager, object_: MemoryObject, page: int, nbyte
     if object_.backing is None:
         return manager.zeros(1)
     content = await object_.backing.file.read(object_.backing.offset + page * object_.page_size, nbytes)
+    if len(content) < nbytes:
+        raise OSError(f"the file of {object_.name!r} has shrunk and holds nothing here: repair() the bytes, or close it")
     return _whole_pages(content, object_.page_size)
 
 

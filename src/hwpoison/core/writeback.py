@@ -29,7 +29,12 @@ async def flush(manager: MemoryManager, mapping: Mapping) -> None:
     file system says.
     """
     object_ = mapping.object
-    error = await write_back_all(manager, object_)
+    # The client may go meanwhile; its object must not.
+    manager.hold(object_)
+    try:
+        error = await write_back_all(manager, object_)
+    finally:
+        manager.release(object_)
     if mapping.error_seen != object_.error_sequence:
         mapping.error_seen = object_.error_sequence
         code = error.errno if error is not None and error.errno else errno.EIO
@@ -43,7 +48,8 @@ async def write_back_all(manager: MemoryManager, object_: MemoryObject) -> OSErr
         return None
     failed: OSError | None = None
     written: list[tuple[int, int]] = []
-    for first, count in _pieces(object_):
+    # What another flush has on its way is waited for too, and written again if that fails.
+    for first, count in _pieces(object_, DIRTY) + _pieces(object_, WRITEBACK):
         error, runs = await _write_back_piece(manager, object_, first, count)
         failed = failed or error
         written += runs
@@ -64,7 +70,7 @@ async def write_back_some(manager: MemoryManager, object_: MemoryObject, wanted:
 
     It is called by somebody who holds page locks.
     """
-    for first, count in _pieces(object_):
+    for first, count in _pieces(object_, DIRTY):
         busy = any(object_.pages.flags[page] & WRITEBACK for page in range(first, first + count))
         if busy or object_.closed or not object_.locks.free(first, count):
             continue
@@ -77,11 +83,11 @@ async def write_back_some(manager: MemoryManager, object_: MemoryObject, wanted:
             return
 
 
-def _pieces(object_: MemoryObject) -> list[tuple[int, int]]:
-    """The runs of dirty pages, in pieces."""
+def _pieces(object_: MemoryObject, flag: int) -> list[tuple[int, int]]:
+    """The runs of pages that have the flag, in pieces."""
     return [
         (start, min(PIECE_PAGES, first + count - start))
-        for first, count in object_.pages.runs(DIRTY)
+        for first, count in object_.pages.runs(flag)
         for start in range(first, first + count, PIECE_PAGES)
     ]
 

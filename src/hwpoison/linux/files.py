@@ -59,6 +59,9 @@ class LinuxFile:
         return view[:got]
 
     async def read(self, offset: int, nbytes: int) -> Content:
+        cached = self.read_cached(offset, nbytes)
+        if cached is not None and len(cached) == nbytes:
+            return bytes(cached)
         return await asyncio.get_running_loop().run_in_executor(self._workers, self._read, offset, nbytes)
 
     def _read(self, offset: int, nbytes: int) -> Content:
@@ -127,6 +130,8 @@ class LinuxFile:
         for fd in (self._fd, self._direct):
             if fd >= 0:
                 os.close(fd)
+        # Whoever still comes must not meet another file under the same number.
+        self._fd = self._direct = -1
 
 
 def _read_all(fd: int, offset: int, nbytes: int) -> Content:

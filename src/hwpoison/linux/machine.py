@@ -18,8 +18,8 @@ from hwpoison.linux.syscalls import PAGE_SIZE, address_of
 
 FILE_WORKERS = 8
 """File operations that may wait at the same time."""
-CLIENT_WORKERS = 8
-"""Clients whose mmap lock may be waited for at the same time."""
+CLIENT_WORKERS = 32
+"""Ioctls that may wait for clients' mmap locks at the same time."""
 
 
 class LinuxMachine:

@@ -24,6 +24,9 @@ BOARD_BYTES = 1 << 16
 """Shared with each client: one slot of two words for each guarded view that it may have at the same time."""
 BOARD_SLOTS = BOARD_BYTES // 16
 
+WORKERS_OF_CLIENT = 4
+"""Workers that one client can make wait for its mmap lock: the others are for other clients."""
+
 _GONE = (errno.ESRCH, errno.ENOENT)
 """The process has ended, or has unmapped the range: nobody is left to be told."""
 
@@ -36,6 +39,7 @@ class LinuxSpace:
         self.pid = pid
         self.pidfd = pidfd
         self._workers = workers
+        self._turn = asyncio.Semaphore(WORKERS_OF_CLIENT)
         os.set_blocking(fd, False)
 
     def listen(self, on_fault: Callable[[userfaultfd.Fault], None], on_death: Callable[[], None]) -> None:
@@ -85,18 +89,19 @@ class LinuxSpace:
 
     async def _in_worker(self, call: Callable[[int, int, int], None], address: int, nbytes: int) -> bool:
         """Run the ioctl in a worker; False if there was something in the way (EEXIST)."""
-        if self.fd < 0:
+        async with self._turn:
+            if self.fd < 0:
+                return True
+            # The worker has a descriptor of its own: this one may be closed while it waits.
+            fd = os.dup(self.fd)
+            try:
+                await asyncio.get_running_loop().run_in_executor(self._workers, _closing, call, fd, address, nbytes)
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno not in _GONE:
+                    raise
             return True
-        # The worker has a descriptor of its own: this one may be closed while it waits.
-        fd = os.dup(self.fd)
-        try:
-            await asyncio.get_running_loop().run_in_executor(self._workers, _closing, call, fd, address, nbytes)
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if error.errno not in _GONE:
-                raise
-        return True
 
     def telling(self, thread: int) -> Telling:
         bit = 1 << (signal.SIGBUS - 1)

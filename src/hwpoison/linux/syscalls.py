@@ -120,10 +120,9 @@ def advise(address: int, nbytes: int, advice: int) -> None:
 
 def all_resident(address: int, nbytes: int) -> bool:
     """True if every page of a mapping is in the page cache, as far as this process may know (mincore)."""
-    pages = -(-nbytes // PAGE_SIZE)
-    vector = ctypes.create_string_buffer(pages)
+    vector = (ctypes.c_ubyte * -(-nbytes // PAGE_SIZE))()
     _checked(_libc.mincore(address, nbytes, vector))
-    return all(one & 1 for one in vector.raw[:pages])
+    return all(one & 1 for one in vector)
 
 
 def queue_signal(process: int, thread: int, number: signal.Signals, value: int) -> None:

@@ -167,7 +167,10 @@ class _File:
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
         connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS_MAX, isolation_level=None)
         try:
-            if not has_schema(connection, self.path):
+            connection.execute("BEGIN")
+            finished = has_schema(connection, self.path)
+            connection.execute("COMMIT")
+            if not finished:
                 _create(connection, self.path)
             connection.execute("PRAGMA synchronous = NORMAL")
             identity = _identity_of(self.path)

@@ -68,6 +68,9 @@ class Server:
         await self.manager.close()
         for session in list(self._sessions):
             session.end()
+        while self._tasks:
+            # Requests that are under way, a flush for instance. Nobody is there to be answered, but it must not be cut off.
+            await asyncio.wait(self._tasks)
         await self.manager.close()
 
     def _accept(self) -> None:

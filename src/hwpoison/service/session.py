@@ -215,6 +215,8 @@ class Session:
                 # The reply goes first; then there is nobody left to reply to.
                 asyncio.get_running_loop().call_soon(self.end)
             case protocol.ReportPage():
+                if request.report.pfn is not None and not self.server.machine.knows_frames:
+                    raise PermissionError("this manager is not root: pass name and offset, or pid and address")
                 return protocol.Handled(await self.server.manager.report(request.report)), []
             case protocol.ListObjects():
                 return protocol.ObjectList([_information(one) for one in self.server.manager.objects()]), []
@@ -247,7 +249,7 @@ class Session:
             case protocol.Lost():
                 return protocol.Ranges([(one.offset, one.nbytes) for one in object_.lost()])
             case protocol.Met():
-                return self._met(mapping, request)
+                return await self._met(mapping, request)
             case protocol.Flush():
                 await writeback.flush(manager, mapping)
         return protocol.Done()
@@ -349,15 +351,16 @@ class Session:
         except KeyError:
             raise ValueError(f"this client has no mapping {number}") from None
 
-    def _met(self, mapping: Mapping, request: protocol.Met) -> protocol.Message:
+    async def _met(self, mapping: Mapping, request: protocol.Met) -> protocol.Message:
         """All losses after the first `since`, and forget what nobody will ask for again."""
         forget = min(request.forget, mapping.met_before + len(mapping.met)) - mapping.met_before
         if forget > 0:
             del mapping.met[:forget]
             mapping.met_before += forget
         since = max(request.since - mapping.met_before, 0)
-        met = dict.fromkeys(mapping.met[since:])
-        return protocol.Ranges(_joined(mapping.object, list(met)), mapping.met_before + len(mapping.met))
+        met, count = dict.fromkeys(mapping.met[since:]), mapping.met_before + len(mapping.met)
+        await mapping.answered()
+        return protocol.Ranges(_joined(mapping.object, list(met)), count)
 
 
 def _taken_socket(fds: list[int]) -> socket.socket:

@@ -137,6 +137,7 @@ def percentile(values: Sequence[float], percent: int) -> float:
 
 
 def median(values: Sequence[float]) -> float:
+    """As `percentile`."""
     return percentile(values, 50)
 
 
@@ -154,8 +155,8 @@ def on_cpus(*cpus: tuple[int, set[int]]) -> Iterator[None]:
 
 
 def _set_cpus(pid: int, cpus: set[int]) -> None:
-    for task in os.listdir(f"/proc/{pid or 'self'}/task"):
+    for task in Path(f"/proc/{pid or 'self'}/task").iterdir():
         try:
-            os.sched_setaffinity(int(task), cpus)
+            os.sched_setaffinity(int(task.name), cpus)
         except ProcessLookupError:
             pass  # the thread, or the process, has ended

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,7 +15,7 @@ SOURCES = Path(hwpoison.__file__).parents[2] / "benchmarks"
 FLOOR_SECONDS_MAX = 300
 
 
-class FloorError(Exception):
+class FloorError(RuntimeError):
     """A floor can't be built or has failed; the message says why."""
 
 
@@ -32,12 +33,17 @@ class Floors:
         if shutil.which("cc") is None:
             raise FloorError("there is no C compiler (cc) for the floors: install one, such as the package gcc")
 
-    def run(self, name: str, *arguments: object) -> dict[str, Any]:
-        """What the floor prints."""
+    def run(self, name: str, *arguments: object, cpus: set[int] | None = None) -> dict[str, Any]:
+        """What the floor prints. It may run on `cpus`, or where this process may."""
         program = self._folder / name
         if not program.exists():
             self._call("cc", "-O2", "-Wall", "-Wextra", "-o", program, SOURCES / f"{name}.c", "-lpthread")
-        found: dict[str, Any] = json.loads(self._call(program, *arguments))
+        before = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, cpus or before)
+        try:
+            found: dict[str, Any] = json.loads(self._call(program, *arguments))
+        finally:
+            os.sched_setaffinity(0, before)
         return found
 
     @staticmethod

@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from hwpoison.cli.benchmarks.common import Bench, Result, Target
 
@@ -42,8 +43,7 @@ def measure(bench: Bench) -> Iterator[Result]:
 
 def _own_bytes(pid: int | str) -> int:
     """Private memory and page tables."""
-    with open(f"/proc/{pid}/status") as status:
-        fields = dict(line.split(":", 1) for line in status)
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return sum(int(fields[name].split()[0]) << 10 for name in ("RssAnon", "VmPTE"))
 
 

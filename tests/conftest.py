@@ -1,0 +1,16 @@
+"""For all tests: whatever they start logs to a file of theirs, and finds no manager of somebody else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_event_log(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The manager inherits the environment. For the session, so that managers of modules have it too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HWPOISON_LOG", str(tmp_path_factory.mktemp("log") / "events.db"))
+        patch.delenv("HWPOISON_SOCKET", raising=False)
+        yield

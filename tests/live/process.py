@@ -1,0 +1,105 @@
+"""Other processes, for the tests: each runs a few lines of Python and talks in lines of JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Self
+
+from tests.support import SECONDS_MAX
+
+_PRELUDE = """
+import json, mmap, os, signal, sys, threading, time
+import numpy
+import hwpoison
+
+def say(value=None):
+    print(json.dumps(value), flush=True)
+
+def hear():
+    return json.loads(sys.stdin.readline())
+
+arguments = json.loads(sys.argv[1])
+"""
+
+
+class Child:
+    """A process that runs `code`, in which `say`, `hear` and `arguments` are there, and numpy and hwpoison.
+
+    It is killed and reaped at the end of the `with` block, if it has not ended by then.
+    """
+
+    def __init__(self, code: str, *arguments: Any, user: int | None = None, directory: Path | None = None) -> None:
+        other: dict[str, Any] = {} if user is None else {"user": user, "group": user, "extra_groups": []}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _PRELUDE + code, json.dumps(arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=directory,
+            **other,
+        )
+        self.pid = self._process.pid
+        self.errors = ""
+
+    def tell(self, value: Any = None) -> None:
+        """What `hear` returns there."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(value).encode() + b"\n")
+        self._process.stdin.flush()
+
+    def hear(self) -> Any:
+        """What it says next. Fails if it ends or says nothing."""
+        line = b""
+        while not line.endswith(b"\n"):
+            assert select.select([self.output], [], [], SECONDS_MAX)[0], f"process {self.pid} says nothing: it hangs"
+            byte = os.read(self.output, 1)
+            assert byte, f"the process ended with status {self.wait()}: {self.errors}"
+            line += byte
+        return json.loads(line)
+
+    def ask(self, value: Any = None) -> Any:
+        """Tell and hear."""
+        self.tell(value)
+        return self.hear()
+
+    @property
+    def output(self) -> int:
+        """Readable when it has said something, or has ended."""
+        assert self._process.stdout is not None
+        return self._process.stdout.fileno()
+
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def wait(self) -> int:
+        """Its exit status, or the negative number of the signal that ended it. `errors` is what it wrote there."""
+        assert self._process.stderr is not None
+        status = self._process.wait(SECONDS_MAX)
+        if not self._process.stderr.closed:
+            self.errors = self._process.stderr.read().decode()
+            self._process.stderr.close()
+        return status
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+        self.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream is not None
+            stream.close()
+
+
+def asleep_in_a_fault(pid: int) -> bool:
+    """True if a thread of the process sleeps in a fault that nobody has resolved yet."""
+    return any(
+        "userfault" in Path(f"/proc/{pid}/task/{thread}/wchan").read_text() for thread in os.listdir(f"/proc/{pid}/task")
+    )

@@ -1,0 +1,540 @@
+"""The wire: whatever a client sends, or stops sending, the manager carries on and no other client notices.
+
+One manager serves all tests here, with a witness: an ordinary client that has memory, and listens. After each test the
+witness must have noticed nothing, and the manager must hold as many descriptors as before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import hwpoison
+from hwpoison import protocol
+from hwpoison.core.records import Failure, Notice, Outcome, Report, State
+from hwpoison.linux import userfaultfd
+from hwpoison.linux.syscalls import PAGE_SIZE
+from hwpoison.service.session import NOTICES_LIMIT
+from tests.service.raw import FILE_PAGES, VANISH, RawClient
+from tests.support import SECONDS_MAX, need, wait_until
+
+SERVE = "import sys; from hwpoison.service.daemon import serve; sys.exit(serve(sys.argv[1]))"
+NOBODY, SOMEBODY_ELSE = 65534, 65533
+PATTERN = bytes(range(256)) * (PAGE_SIZE // 256)
+
+
+class Served:
+    """A manager process, and the witness that it serves."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = str(folder / "socket")
+        self._stderr = folder / "stderr"
+        with self._stderr.open("wb") as stderr:
+            self._process = subprocess.Popen([sys.executable, "-P", "-c", SERVE, self.path], stderr=stderr)
+        wait_until(lambda: os.path.exists(self.path) or self._process.poll() is not None, "the manager serves")
+        assert self._process.poll() is None, self._stderr.read_text()
+        self._manager = hwpoison.connect(self.path)
+        self._notices: list[Notice] = []
+        self._witness = self._manager.allocate(4096 * PAGE_SIZE, "witness")
+        self._witness.on_failure(self._notices.append)
+        self._witness.write(0, PATTERN)
+        self._used = 1
+        self._said = 0
+        # The first failure and the first events make what is kept for all later ones.
+        self._manager.inject(self._witness, 0)
+        wait_until(lambda: self._notices, "the witness is told of its own loss")
+        self._witness.write(0, PATTERN)
+        list(self._manager.events())
+        self._descriptors = self._list_descriptors()
+
+    def inject(self, name: str, page: int) -> Failure:
+        """A failure that somebody else than the client under test reports."""
+        return self._manager.inject(name, page * PAGE_SIZE)
+
+    def _list_descriptors(self) -> list[str]:
+        folder = f"/proc/{self._process.pid}/fd"
+        found = []
+        for fd in os.listdir(folder):
+            with contextlib.suppress(FileNotFoundError):
+                found.append(os.readlink(f"{folder}/{fd}").split(":[")[0])
+        return sorted(found)
+
+    def assert_well(self) -> None:
+        """The manager is as it was, and the witness has noticed nothing."""
+        assert self._process.poll() is None, self._stderr.read_text()
+        assert self._witness.read(0, PAGE_SIZE) == PATTERN
+        # A page that is touched for the first time: by a fault of the witness, and by the manager.
+        self._used += 1
+        start = self._used * PAGE_SIZE
+        assert self._witness.buffer[start : start + PAGE_SIZE] == bytes(PAGE_SIZE)
+        self._witness.write(start, PATTERN)
+        assert self._witness.read(start, PAGE_SIZE) == PATTERN
+        assert len(self._notices) == 1
+        wait_until(lambda: [one.name for one in self._manager.objects()] == ["witness"], "other objects are gone", 10)
+        wait_until(lambda: self._manager.statistics().clients == 1, "other clients are gone", 10)
+        with contextlib.suppress(AssertionError):
+            wait_until(lambda: self._list_descriptors() == self._descriptors, "descriptors are closed", 5)
+        before, self._descriptors = self._descriptors, self._list_descriptors()
+        assert self._descriptors == before
+        said = self._stderr.read_text()[self._said :]
+        self._said += len(said)
+        assert "defect" not in said, said
+        assert "Traceback" not in said, said
+
+    def close(self) -> None:
+        self._manager.close()
+        self._process.send_signal(signal.SIGTERM)
+        assert self._process.wait(SECONDS_MAX) == 0
+        assert not os.path.exists(self.path)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    served = Served(tmp_path_factory.mktemp("served"))
+    yield served
+    served.close()
+
+
+@pytest.fixture(autouse=True)
+def well_afterwards(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "served" in request.fixturenames:
+        served: Served = request.getfixturevalue("served")
+        served.assert_well()
+
+
+@pytest.fixture
+def raw(served: Served) -> Iterator[RawClient]:
+    """A channel on which nothing was said yet."""
+    client = RawClient(served.path)
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def client(raw: RawClient) -> RawClient:
+    """A client after its Hello."""
+    return raw.hello()
+
+
+@pytest.fixture
+def vanishing(served: Served) -> Path:
+    """The file that the processes in `raw` open."""
+    path = Path(served.path).with_name("vanishing")
+    path.write_bytes(b"." * FILE_PAGES * PAGE_SIZE)
+    return path
+
+
+# --- messages that are none
+
+GARBAGE = {
+    "zeros": bytes(64),
+    "text": b"GET / HTTP/1.1\r\n\r\n",
+    "a number": b"\x05",
+    "half a message": protocol.encode(protocol.Allocate(PAGE_SIZE, "half"))[:-2],
+    "a message and more": protocol.encode(protocol.Allocate(PAGE_SIZE, "more")) + b"\0",
+    "an unknown type": msgspec.msgpack.encode(["Explode", 1]),
+    "a reply": protocol.encode(protocol.Done()),
+    "a field of the wrong type": msgspec.msgpack.encode(["Allocate", "many", None]),
+    "too few fields": msgspec.msgpack.encode(["Map", 1]),
+    "text that is no UTF-8": b"\x92\xa6Attach\xa2\xff\xfe",
+    "a number of more than 64 bits": b"\x93\xa8Allocate\xc7\x10\x00" + bytes(16) + b"\xc0",
+    "a nesting without end": b"\x93\xa5Hello\x01" + b"\x91" * 100_000 + b"\xc0",
+    "a length that is not there": b"\x92\xa6Attach\xdb\xff\xff\xff\xff",
+}
+
+
+@pytest.mark.parametrize("what", GARBAGE)
+def test_a_packet_that_is_no_request_is_refused_and_the_channel_stays(client: RawClient, what: str) -> None:
+    assert client.error(GARBAGE[what]) == "ValueError"
+    assert isinstance(client.ask(protocol.GetStatistics()), protocol.StatisticsReply)
+
+
+def test_a_message_that_is_too_long_is_refused_and_the_channel_stays(client: RawClient) -> None:
+    assert client.error(protocol.encode(protocol.Attach("n" * protocol.MESSAGE_LIMIT))) == "ValueError"
+    assert isinstance(client.ask(protocol.GetStatistics()), protocol.StatisticsReply)
+
+
+def test_an_empty_packet_ends_the_channel_and_its_descriptors(client: RawClient) -> None:
+    client.send(b"", (0, 1, 2))
+    with pytest.raises(EOFError):
+        client.receive()
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_decode_to_anything_but_a_request_or_a_malformed_error(data: bytes) -> None:
+    with contextlib.suppress(protocol.MalformedError):
+        assert isinstance(protocol.decode_request(data), protocol.Message)
+
+
+@given(
+    st.sampled_from(protocol.Request.__args__).map(lambda one: one.__name__),
+    st.lists(
+        st.recursive(
+            st.none() | st.booleans() | st.integers(-(1 << 63), (1 << 64) - 1) | st.floats() | st.binary() | st.text(),
+            lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+            max_leaves=5,
+        ),
+        max_size=5,
+    ),
+)
+def test_no_fields_decode_to_anything_but_a_request_or_a_malformed_error(kind: str, fields: list[object]) -> None:
+    with contextlib.suppress(protocol.MalformedError):
+        request = protocol.decode_request(msgspec.msgpack.encode([kind, *fields]))
+        assert type(request).__name__ == kind
+
+
+# --- the beginning
+
+REQUESTS: list[protocol.Message] = [
+    protocol.Allocate(PAGE_SIZE),
+    protocol.Attach("witness"),
+    protocol.Map(1, PAGE_SIZE),
+    protocol.ReportPage(Report(name="witness", offset=0)),
+    protocol.ListObjects(),
+    protocol.SyncLog(),
+    protocol.Goodbye(),
+]
+
+
+@pytest.mark.parametrize("request_", REQUESTS, ids=lambda one: type(one).__name__)
+def test_nothing_is_done_for_a_client_that_has_not_said_hello(raw: RawClient, request_: protocol.Message) -> None:
+    assert raw.error(request_) == "ConnectionError"
+
+
+def test_a_client_of_another_version_is_told_to_install_the_same(raw: RawClient) -> None:
+    reply = raw.ask(protocol.Hello(protocol.VERSION + 1))
+    assert isinstance(reply, protocol.Failed)
+    assert reply.kind == "ConnectionError"
+    assert "install the same version" in reply.text
+
+
+def test_a_second_hello_is_refused(client: RawClient) -> None:
+    assert client.error(protocol.Hello(), (client.userfaultfd,)) == "ConnectionError"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "file", "memfd", "socket", "unopened userfaultfd", "userfaultfd with events"])
+def test_a_descriptor_that_is_no_userfaultfd_as_it_must_be_is_refused(raw: RawClient, kind: str, tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        if kind == "pipe":
+            fds = os.pipe()
+        elif kind == "file":
+            fds = (os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT),)
+        elif kind == "memfd":
+            fds = (os.memfd_create("memory"),)
+        elif kind == "socket":
+            fds = (socket.socket(socket.AF_UNIX).detach(),)
+        elif kind == "unopened userfaultfd":
+            fds = (userfaultfd._open()[0],)
+        else:
+            # Events of fork come with a descriptor each, for the process that reads them: the manager.
+            need(os.geteuid() == 0, "the privilege to ask for events of fork")
+            fds = (userfaultfd.open_userfaultfd(userfaultfd.NEEDED | userfaultfd.Feature(1 << 1)).fd,)
+        for fd in fds:
+            stack.callback(os.close, fd)
+        assert raw.error(protocol.Hello(), (fds[0],)) == "ValueError"
+
+
+def test_more_descriptors_than_a_message_can_have_are_refused(raw: RawClient) -> None:
+    ends = os.pipe()
+    try:
+        assert raw.error(protocol.Hello(), ends * protocol.DESCRIPTOR_LIMIT) == "ValueError"
+    finally:
+        for end in ends:
+            os.close(end)
+
+
+def test_descriptors_that_no_message_asked_for_are_closed(client: RawClient) -> None:
+    assert isinstance(client.ask(protocol.ListObjects(), (0, 1, 2)), protocol.ObjectList)
+
+
+@pytest.mark.parametrize("kind", [protocol.AddChannel, protocol.Listen])
+def test_a_channel_that_is_no_such_socket_is_refused(client: RawClient, kind: type[protocol.AddChannel]) -> None:
+    ends = os.pipe()
+    stream, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with stream, other:
+        assert client.error(kind()) == "ValueError"
+        assert client.error(kind(), (ends[0],)) == "ValueError"
+        assert client.error(kind(), (stream.fileno(),)) == "ValueError"
+    for end in ends:
+        os.close(end)
+
+
+# --- requests that make no sense
+
+WRONG_SIZES = [0, -1, 1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]
+
+
+@pytest.mark.parametrize("nbytes", WRONG_SIZES)
+def test_memory_of_a_size_that_cannot_be_is_refused(client: RawClient, nbytes: int) -> None:
+    assert client.error(protocol.Allocate(nbytes)) in ("ValueError", "MemoryError", "OSError")
+
+
+@pytest.mark.parametrize("name", ["", "\0", "n" * 100_000, "\x01" * 60_000], ids=["empty", "NUL", "long", "long when shown"])
+def test_a_name_that_cannot_be_is_refused(client: RawClient, name: str) -> None:
+    assert client.error(protocol.Allocate(PAGE_SIZE, name)) == "ValueError"
+
+
+def test_a_name_of_many_bytes_a_character_is_a_name(client: RawClient) -> None:
+    name = "記憶" * 100
+    client.mapped(protocol.Allocate(PAGE_SIZE, name))
+    reply = client.ask(protocol.ListObjects())
+    assert isinstance(reply, protocol.ObjectList)
+    assert name in [one.name for one in reply.objects]
+
+
+def test_a_name_that_is_taken_or_unknown_is_refused(client: RawClient) -> None:
+    assert client.error(protocol.Allocate(PAGE_SIZE, "witness")) == "FileExistsError"
+    assert client.error(protocol.Attach("nobody")) == "FileNotFoundError"
+
+
+@pytest.mark.parametrize("kind", [protocol.Allocate(PAGE_SIZE, "unmapped"), protocol.Attach("witness")])
+def test_a_client_without_a_userfaultfd_gets_no_memory_and_leaves_none(raw: RawClient, kind: protocol.Message) -> None:
+    raw.ask(protocol.Hello())
+    assert raw.error(kind) == "PermissionError"
+
+
+@pytest.mark.parametrize(("offset", "nbytes"), [(-1, 1), (0, 0), (0, -1), (1, PAGE_SIZE), (1 << 63, 1), (0, 1 << 63)])
+def test_a_range_outside_the_file_is_refused(client: RawClient, tmp_path: Path, offset: int, nbytes: int) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(PATTERN)
+    with path.open("rb") as file:
+        message = protocol.Open(str(path), offset, nbytes, writable=False)
+        assert client.error(message, (file.fileno(),)) == "ValueError"
+
+
+def test_a_descriptor_that_cannot_back_an_object_as_asked_is_refused(client: RawClient, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(PATTERN)
+    opened = [
+        os.open(path, os.O_RDONLY),
+        os.open(path, os.O_WRONLY),
+        # Every write would go to its end.
+        os.open(path, os.O_RDWR | os.O_APPEND),
+        os.open(tmp_path, os.O_RDONLY),
+        *os.pipe(),
+    ]
+    try:
+        kinds = [client.error(protocol.Open("file", 0, None, writable=True), (fd,)) for fd in opened]
+    finally:
+        for fd in opened:
+            os.close(fd)
+    assert kinds == ["PermissionError", "PermissionError", "ValueError", "IsADirectoryError", "ValueError", "ValueError"]
+    assert client.error(protocol.Open("file", 0, None, writable=True)) == "ValueError"
+
+
+@pytest.mark.parametrize("address", [0, -PAGE_SIZE, 1 << 20 | 1, 1 << 62, 1 << 63, (1 << 64) - PAGE_SIZE])
+def test_a_mapping_where_none_can_be_is_refused(client: RawClient, address: int) -> None:
+    found, memory = client.found(protocol.Allocate(2 * PAGE_SIZE))
+    os.close(memory)
+    assert client.error(protocol.Map(found.object, address)) == "ValueError"
+
+
+def test_a_mapping_over_another_one_is_refused(client: RawClient) -> None:
+    found, memory = client.found(protocol.Allocate(2 * PAGE_SIZE))
+    _, address = client.show(found, memory)
+    assert isinstance(client.ask(protocol.Map(found.object, address)), protocol.Mapped)
+    for overlapping in (address, address - PAGE_SIZE, address + PAGE_SIZE):
+        assert client.error(protocol.Map(found.object, overlapping)) == "ValueError"
+
+
+def test_only_an_object_that_was_given_to_the_client_can_be_mapped_by_it(client: RawClient) -> None:
+    # The witness's object has the lowest number.
+    for number in (*range(-1, 10), 1 << 63):
+        assert client.error(protocol.Map(number, 1 << 30)) == "ValueError"
+
+
+def test_a_client_uses_its_own_mappings_only(client: RawClient) -> None:
+    for number in (-1, 0, 1, 2, 3, 4, 5, 1 << 63):
+        for request in (
+            protocol.Unmap(number),
+            protocol.Write(number, 0, b"x"),
+            protocol.Prefetch(number, 0, 1),
+            protocol.Repair(number, 0, PATTERN),
+            protocol.Discard(number, 0, 1),
+            protocol.Lost(number),
+            protocol.Met(number, 0, 0),
+            protocol.Flush(number),
+        ):
+            assert client.error(request) == "ValueError"
+
+
+@pytest.mark.parametrize(("offset", "nbytes"), [(-1, 1), (0, -1), (0, 2 * PAGE_SIZE + 1), (1 << 63, 1), (1, (1 << 64) - 1)])
+def test_bytes_outside_an_object_are_refused(client: RawClient, offset: int, nbytes: int) -> None:
+    _, number = client.mapped(protocol.Allocate(2 * PAGE_SIZE, "small"))
+    assert client.error(protocol.Prefetch(number, offset, nbytes)) == "ValueError"
+    assert client.error(protocol.Discard(number, offset, nbytes)) == "ValueError"
+    outside = offset if offset else 2 * PAGE_SIZE
+    assert client.error(protocol.Write(number, outside, b"xx")) == "ValueError"
+    assert client.error(protocol.Repair(number, outside, b"xx")) == "ValueError"
+    assert client.error(protocol.ReportPage(Report(name="small", offset=outside))) == "ValueError"
+
+
+def test_numbers_that_make_no_sense_in_met_find_nothing(client: RawClient) -> None:
+    _, number = client.mapped(protocol.Allocate(PAGE_SIZE))
+    for since, forget in ((-1, -1), (1 << 63, 1 << 63), (0, (1 << 64) - 1)):
+        assert client.ask(protocol.Met(number, since, forget)) == protocol.Ranges([], 0)
+
+
+WRONG_REPORTS = {
+    "nothing": Report(),
+    "a name alone": Report(name="witness"),
+    "an offset alone": Report(offset=0),
+    "a process alone": Report(pid=1),
+    "an address alone": Report(address=PAGE_SIZE),
+    "two ways": Report(name="witness", offset=0, pfn=1),
+    "a frame below the first": Report(pfn=-1),
+    "an address below the first": Report(pid=1, address=-PAGE_SIZE),
+    "an offset below the first": Report(name="witness", offset=-1),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_REPORTS)
+def test_a_report_that_names_no_page_is_refused(client: RawClient, what: str) -> None:
+    assert client.error(protocol.ReportPage(WRONG_REPORTS[what])) == "ValueError"
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        Report(pfn=0),
+        Report(pfn=(1 << 64) - 1),
+        Report(pid=(1 << 64) - 1, address=(1 << 64) - 1),
+        Report(pid=1, address=0),
+    ],
+)
+def test_a_report_of_what_nobody_has_is_an_unknown_page(client: RawClient, report: Report) -> None:
+    reply = client.ask(protocol.ReportPage(report))
+    assert isinstance(reply, protocol.Handled)
+    assert (reply.failure.state, reply.failure.outcome, reply.failure.victims) == (State.UNKNOWN, Outcome.IGNORED, ())
+
+
+# --- clients that stop
+
+
+@pytest.mark.parametrize("where", VANISH)
+def test_a_client_may_vanish_at_any_moment(served: Served, vanishing: Path, where: str) -> None:
+    raw = Path(__file__).with_name("raw.py")
+    process = subprocess.run([sys.executable, raw, served.path, where], timeout=SECONDS_MAX, check=False)
+    assert process.returncode == -signal.SIGKILL
+    if where in ("with dirty pages", "with flush unanswered"):
+        served.assert_well()
+        expected = bytearray(b"." * FILE_PAGES * PAGE_SIZE)
+        expected[:: 2 * PAGE_SIZE] = b"d" * (FILE_PAGES // 2)
+        assert vanishing.read_bytes() == expected
+
+
+def test_a_client_that_reads_no_replies_loses_its_channel(client: RawClient) -> None:
+    client.channel.setblocking(False)
+    request = protocol.encode(protocol.GetStatistics())
+    with pytest.raises(OSError) as caught:
+        for _ in range(100_000):
+            with contextlib.suppress(BlockingIOError):
+                client.channel.send(request)
+    assert isinstance(caught.value, (BrokenPipeError, ConnectionResetError))
+
+
+def test_a_client_that_reads_no_notices_is_told_that_it_missed_some(served: Served, client: RawClient) -> None:
+    pages = 3 * NOTICES_LIMIT
+    mapping, number = client.mapped(protocol.Allocate(pages * PAGE_SIZE, "unread"))
+    for page in range(pages):
+        mapping[page * PAGE_SIZE] = 1
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.settimeout(SECONDS_MAX)
+    with ours:
+        with theirs:
+            assert client.ask(protocol.Listen(), (theirs.fileno(),)) == protocol.Done()
+        for page in range(pages):
+            assert served.inject("unread", page).outcome is Outcome.RECOVERED
+        told = []
+        while not isinstance(message := protocol.decode_reply(protocol.receive(ours)[0]), protocol.Missed):
+            assert isinstance(message, protocol.Told)
+            told.append(message.notice.offset // PAGE_SIZE)
+    assert told == list(range(len(told)))
+    assert NOTICES_LIMIT <= len(told) < pages
+    # What it missed, it can ask for.
+    assert client.ask(protocol.Lost(number)) == protocol.Ranges([(0, pages * PAGE_SIZE)])
+
+
+def test_channels_that_are_opened_and_dropped_leave_nothing(served: Served) -> None:
+    for number in range(200):
+        client = RawClient(served.path)
+        if number % 2:
+            client.send(protocol.Hello())
+        client.channel.close()
+
+
+# --- other users
+
+
+@pytest.fixture
+def served_for_nobody() -> Iterator[str]:
+    """The abstract address of a manager that an ordinary user runs."""
+    need(os.geteuid() == 0, "the privilege to run processes of other users", "root")
+    probe = [sys.executable, "-P", "-c", "import hwpoison.service.daemon"]
+    user = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+    readable = subprocess.run(probe, capture_output=True, check=False, cwd="/", **user).returncode == 0  # type: ignore[call-overload]
+    need(readable, f"an interpreter and a checkout that user {NOBODY} can read", "root")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chown(folder, NOBODY, NOBODY)
+        address = f"@hwpoison-test-{os.getpid()}"
+        process = subprocess.Popen(  # type: ignore[call-overload]
+            [sys.executable, "-P", "-c", SERVE, address],
+            env=os.environ | {"HWPOISON_LOG": f"{folder}/events.db"},
+            cwd="/",
+            **user,
+        )
+        try:
+            wait_until(lambda: process.poll() is not None or _connects(address), "the manager serves")
+            assert process.poll() is None
+            yield address
+        finally:
+            process.terminate()
+            assert process.wait(SECONDS_MAX) == 0
+
+
+def _connects(address: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        return probe.connect_ex(protocol.address_of(address)) == 0
+
+
+ASK = """
+import socket, sys
+from hwpoison import protocol
+channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+channel.connect(protocol.address_of(sys.argv[1]))
+if sys.argv[2] == "hello":
+    channel.send(protocol.encode(protocol.Hello()))
+reply = protocol.decode_reply(protocol.receive(channel)[0])
+print(type(reply).__name__, getattr(reply, "kind", ""), getattr(reply, "text", ""))
+print(len(channel.recv(1)) if sys.argv[2] != "hello" else "")
+"""
+
+
+def test_a_manager_serves_its_user_and_root_and_refuses_everybody_else(served_for_nobody: str) -> None:
+    def ask(uid: int, what: str) -> str:
+        command = [sys.executable, "-P", "-c", ASK, served_for_nobody, what]
+        return subprocess.run(
+            command, user=uid, group=uid, extra_groups=[], cwd="/", capture_output=True, text=True, timeout=SECONDS_MAX,
+            check=True,
+        ).stdout  # fmt: skip
+
+    refused, closed = ask(SOMEBODY_ELSE, "nothing").splitlines()
+    assert refused == f"Failed PermissionError this manager serves user {NOBODY} and root, not user {SOMEBODY_ELSE}"
+    assert closed == "0"
+    assert ask(NOBODY, "hello").startswith("Welcome")
+    with hwpoison.connect(served_for_nobody) as manager, manager.allocate(PAGE_SIZE) as memory:
+        memory.buffer[:] = PATTERN
+        assert memory.read(0, PAGE_SIZE) == PATTERN
