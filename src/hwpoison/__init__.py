@@ -8,11 +8,15 @@
 See `Manager`, `connect`, `guard`, `Memory` and `PoisonError`.
 """
 
-from hwpoison.app.guard import SafeView, guard
-from hwpoison.app.manager import BaseManager, Manager, SharedManager, connect
-from hwpoison.app.memory import Memory
-from hwpoison.core.records import Failure, Notice, Outcome, State
-from hwpoison.errors import PoisonError, Range, UnsupportedError
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hwpoison.app.guard import SafeView, guard
+    from hwpoison.app.manager import BaseManager, Manager, SharedManager, connect
+    from hwpoison.app.memory import Memory
+    from hwpoison.core.records import Failure, Notice, Outcome, State
+    from hwpoison.errors import PoisonError, Range, UnsupportedError
 
 __all__ = [
     "BaseManager",
@@ -30,3 +34,21 @@ __all__ = [
     "connect",
     "guard",
 ]
+
+_PLACES = {
+    "app.guard": ("SafeView", "guard"),
+    "app.manager": ("BaseManager", "Manager", "SharedManager", "connect"),
+    "app.memory": ("Memory",),
+    "core.records": ("Failure", "Notice", "Outcome", "State"),
+    "errors": ("PoisonError", "Range", "UnsupportedError"),
+}
+
+
+def __getattr__(name: str) -> object:
+    """Names are loaded when they are used: the manager process and the command need no numpy."""
+    for place, names in _PLACES.items():
+        if name in names:
+            value: object = getattr(import_module(f"{__name__}.{place}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

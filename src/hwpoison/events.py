@@ -149,9 +149,10 @@ def read(
         return [_logged(row) for row in _query(path, query, (after, *values))]
 
     def rest(events: list[LoggedEvent]) -> Iterator[LoggedEvent]:
-        while events:
-            yield from events
+        yield from events
+        while len(events) == READ_ROWS:
             events = batch(events[-1].id)
+            yield from events
 
     return rest(batch(after))
 

@@ -25,6 +25,8 @@ MESSAGE_LIMIT = 192 << 10
 DATA_LIMIT = 128 << 10
 """Most bytes of content in one message, in whole pages for every page size up to 64 KiB."""
 DESCRIPTOR_LIMIT = 4
+TEXT_LIMIT = 8192
+"""Most characters of an error's message: it may quote what was asked for, and must fit into a message itself."""
 
 
 class Message(msgspec.Struct, tag=True, array_like=True):
@@ -308,6 +310,9 @@ _replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 
 encode = _encoder.encode
 
+_UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that are no message, for text that is no UTF-8, and for a deep nesting."""
+
 
 class MalformedError(ValueError):
     """A message that is none."""
@@ -317,7 +322,7 @@ def decode_request(data: bytes) -> Request:
     """Raises `MalformedError`."""
     try:
         return _requests.decode(data)
-    except msgspec.DecodeError as error:
+    except _UNDECODABLE as error:
         raise MalformedError(f"this is no request of protocol version {VERSION}: {error}") from None
 
 
@@ -325,7 +330,7 @@ def decode_reply(data: bytes) -> Reply:
     """Raises `MalformedError`."""
     try:
         return _replies.decode(data)
-    except msgspec.DecodeError as error:
+    except _UNDECODABLE as error:
         raise MalformedError(f"this is no reply of protocol version {VERSION}: {error}") from None
 
 
@@ -339,7 +344,8 @@ def send(channel: socket.socket, message: Message, fds: Sequence[int] = ()) -> N
 
 
 def receive(channel: socket.socket) -> tuple[bytes, list[int]]:
-    """One packet and its descriptors (close-on-exec). b"" if the other end is gone. Raises `MalformedError` if too long."""
+    """One packet and its descriptors (close-on-exec). b"" if the other end is gone or has sent an empty packet, which is no
+    message. Raises `MalformedError` if too long."""
     data, ancillary, flags, _ = channel.recvmsg(
         MESSAGE_LIMIT, socket.CMSG_SPACE(DESCRIPTOR_LIMIT * 4), socket.MSG_CMSG_CLOEXEC
     )
@@ -347,9 +353,12 @@ def receive(channel: socket.socket) -> tuple[bytes, list[int]]:
     for level, kind, content in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(content[: len(content) // 4 * 4])
-    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+    cut_off = flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC)
+    if cut_off or not data:
         for fd in fds:
             os.close(fd)
+        fds = array.array("i")
+    if cut_off:
         raise MalformedError(f"a message has at most {MESSAGE_LIMIT} bytes and {DESCRIPTOR_LIMIT} descriptors")
     return data, list(fds)
 
@@ -372,7 +381,7 @@ def failed(error: Exception) -> Failed:
     kind = next((one.__name__ for one in type(error).__mro__ if one.__name__ in _KINDS), "RuntimeError")
     code = error.errno if isinstance(error, OSError) and error.errno else 0
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
-    return Failed(kind, code, text)
+    return Failed(kind, code, text[:TEXT_LIMIT])
 
 
 def error_of(message: Failed) -> Exception:

@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
@@ -19,7 +19,7 @@ import hwpoison
 from tests.live.conftest import known
 from tests.live.frames import PAGE, can_see_frames, frame_at
 from tests.live.process import Child
-from tests.support import SECONDS_MAX, need
+from tests.support import SECONDS_MAX
 
 PAGES = 8
 
@@ -101,14 +101,14 @@ def test_a_guard_works_on_a_read_only_file(manager: hwpoison.Manager, file: Call
 
 def test_a_guard_raises_at_its_end_what_was_met_and_only_that(manager: hwpoison.Manager, memory: hwpoison.Memory) -> None:
     lose(manager, memory, 1, 4, 5, 7)
-    body = iter(range(10))
+    ended = False
     with pytest.raises(hwpoison.PoisonError) as caught:
         with hwpoison.guard(memory) as safe:
             assert safe.buffer[5 * PAGE + 9] == 0
             assert bytes(safe.buffer[PAGE : 2 * PAGE]) == bytes(PAGE)
             assert safe.buffer[4 * PAGE] == 0
-            next(body)
-    assert next(body) == 1, "the body went on to its end"
+            ended = True
+    assert ended
     error = caught.value
     assert sorted(error.ranges) in (
         [("t", PAGE, PAGE), ("t", 4 * PAGE, 2 * PAGE)],
@@ -188,15 +188,13 @@ def test_a_system_call_that_reads_lost_bytes_through_a_view_ends_in_poison_error
     manager: hwpoison.Manager, memory: hwpoison.Memory
 ) -> None:
     lose(manager, memory, 2)
-    with open(os.devnull, "wb", buffering=0) as null, pytest.raises(hwpoison.PoisonError) as caught:
-        with hwpoison.guard(memory) as safe:
-            reader, writer = os.pipe()
-            try:
-                os.write(writer, safe.buffer[2 * PAGE : 3 * PAGE])
-            finally:
-                os.close(reader)
-                os.close(writer)
-                null.write(b"")
+    reader, writer = os.pipe()
+    try:
+        with pytest.raises(hwpoison.PoisonError) as caught, hwpoison.guard(memory) as safe:
+            os.write(writer, safe.buffer[2 * PAGE : 3 * PAGE])
+    finally:
+        os.close(reader)
+        os.close(writer)
     assert caught.value.ranges == (("t", 2 * PAGE, PAGE),)
 
 
@@ -334,16 +332,6 @@ def test_a_sum_that_leaves_overlapping_guards_without_an_exception_is_right(mana
                     found = safe.array("u8", (pages, PAGE // 8))[first : last + 1].sum(axis=1)
                     if chance.random() < 0.3:
                         safe.check()
-                    if chance.random() < 0.3:
-                        found = numpy.concatenate(
-                            [
-                                found[:0],
-                                [
-                                    safe.array("u8", (PAGE // 8,), offset=page * PAGE).sum()
-                                    for page in range(first, last + 1)
-                                ],
-                            ]
-                        )
             except hwpoison.PoisonError:
                 next(refused)
                 continue

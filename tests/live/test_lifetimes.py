@@ -18,8 +18,7 @@ from pathlib import Path
 import pytest
 
 import hwpoison
-from hwpoison import Outcome, State, protocol
-from hwpoison.linux import userfaultfd
+from hwpoison import Outcome, State
 from hwpoison.linux.syscalls import PAGE_SIZE
 from tests.live.conftest import known
 from tests.live.process import Child, asleep_in_a_fault
@@ -129,7 +128,7 @@ hear()
 def test_clients_are_killed_while_they_sleep_in_a_fault_and_the_others_get_the_page(
     manager: hwpoison.Manager, slow_file: MakeSlowFile
 ) -> None:
-    content = known(64 * PAGE_SIZE)
+    content = known(8 * PAGE_SIZE)
     slow = slow_file(content)
     with (
         Child(CONNECT + READ_A_PAGE, manager.socket, str(slow.path)) as first,
@@ -156,7 +155,7 @@ def test_clients_are_killed_while_they_sleep_in_a_fault_and_the_others_get_the_p
 def test_a_failure_ends_although_the_only_client_of_its_page_is_killed_while_it_waits(
     manager: hwpoison.Manager, slow_file: MakeSlowFile
 ) -> None:
-    content = known(64 * PAGE_SIZE)
+    content = known(8 * PAGE_SIZE)
     slow = slow_file(content)
     failures = []
     with Child(CONNECT + READ_A_PAGE, manager.socket, str(slow.path)) as reader:
@@ -201,10 +200,14 @@ def test_a_client_that_is_killed_while_it_writes_leaves_each_write_done_or_not_b
     path.write_bytes(bytes(8 * PAGE_SIZE))
     book = manager.open(path, "r+")
     before = 0
+
+    def written() -> bool:
+        return book.read(0, 8) != before.to_bytes(8, "little")
+
     for _ in range(10):
         with Child(CONNECT + WRITE_FOR_EVER, manager.socket, str(path), before) as writer:
             writer.hear()
-            wait_until(lambda: book.read(0, 8) != before.to_bytes(8, "little"), "it writes")
+            wait_until(written, "it writes")
             writer.signal(signal.SIGKILL)
             writer.wait()
         wait_until(lambda: manager.statistics().clients == 1, "the manager has noticed that it is gone")
@@ -244,11 +247,19 @@ def test_when_its_last_client_is_gone_a_private_manager_leaves_nothing(end: str)
     assert address not in Path("/proc/net/unix").read_text()
 
 
+WRITE_AND_READ = """
+memory = manager.attach("table")
+say()
+hear()
+memory.buffer[8192:8195] = b"abc"
+say(memory.read(8191, 5).hex())
+"""
+
+
 def test_a_private_manager_stays_for_others_when_the_process_that_started_it_is_gone() -> None:
-    other = "memory = manager.attach('table')\nsay()\nhear()\nmemory.buffer[8192:8195] = b'abc'\nsay(memory.read(8191, 5).hex())\n"
     with Child(OWN_MANAGER + "hear()\n") as starter:
         manager_pid, address = starter.hear()
-        with Child(CONNECT + other, address) as second:
+        with Child(CONNECT + WRITE_AND_READ, address) as second:
             second.hear()
             with watched(manager_pid, keeper_of(manager_pid)) as ended, watched(starter.pid) as starter_ended:
                 starter.signal(signal.SIGKILL)
@@ -436,12 +447,12 @@ def test_a_client_that_holds_its_mmap_lock_holds_up_nobody_who_does_not_share_th
     manager: hwpoison.Manager, file: MakeFile, tmp_path: Path
 ) -> None:
     reports, batch = 12, 8
-    shared, own = file(reports * PAGE_SIZE, "shared"), file(4096 * PAGE_SIZE, "own")
+    shared, own = file(reports * PAGE_SIZE, "shared"), file(8192 * PAGE_SIZE, "own")
     (tmp_path / "rounds").write_bytes(bytes(8))
     with (tmp_path / "rounds").open("r+b") as opened, mmap.mmap(opened.fileno(), 8) as rounds:
         with Child(CONNECT + HOLDING_ITS_MMAP_LOCK, manager.socket, str(shared), str(tmp_path / "rounds")) as holder:
             book = manager.open(own, "r+")
-            table = manager.allocate(4096 * PAGE_SIZE, name="table")
+            table = manager.allocate(8192 * PAGE_SIZE, name="table")
             holder.hear()
             under_way, ended, stop = set[int](), [0] * reports, threading.Event()
 
@@ -451,24 +462,28 @@ def test_a_client_that_holds_its_mmap_lock_holds_up_nobody_who_does_not_share_th
                     under_way.add(index)
                     manager.inject(str(shared), index * PAGE_SIZE)
                     ended[index] += 1
+                    under_way.remove(index)
 
             threads = [threading.Thread(target=fail_again_and_again, args=(index,)) for index in range(reports)]
             for thread in threads:
                 thread.start()
             try:
                 # In an order that is no stream, so that each is a fault of its own.
-                fresh = iter(index * 1021 % 4096 for index in range(4096))
+                fresh = iter(index * 1021 % 8192 for index in range(8192))
+
+                def look() -> tuple[int, int, list[int]]:
+                    """What there is to see, when everybody who can go on has done so."""
+                    for _ in range(10):
+                        manager.statistics()
+                    return rounds[0], len(under_way), list(ended)
 
                 def held_throughout() -> bool:
-                    """First writes and first touches came to an end while the lock was held and all failures waited for it."""
-                    before = rounds[0], len(under_way), list(ended)
-                    stop.wait(0.01)
-                    if before != (rounds[0], reports, ended):
-                        return False  # they are still on their way to where they wait
+                    """First writes and first touches ended while the lock was held and all failures waited for it."""
+                    before = look()
                     for index in [next(fresh) for _ in range(batch)]:
                         book.buffer[index * PAGE_SIZE] = 1
                         table.buffer[index * PAGE_SIZE] = 1
-                    return rounds[0] % 2 == 1 and before == (rounds[0], reports, ended)
+                    return before[0] % 2 == 1 and before[1] == reports and before == look()
 
                 wait_until(held_throughout, "others' faults are served while one client's lock is held")
             finally:

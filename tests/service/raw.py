@@ -27,8 +27,8 @@ class RawClient:
 
     def __init__(self, path: str) -> None:
         self.channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.channel.settimeout(60)
         self.channel.connect(protocol.address_of(path))
+        self.channel.settimeout(60)
         self.userfaultfd = -1
         self.mappings: list[mmap.mmap] = []
 
@@ -73,7 +73,10 @@ class RawClient:
     def show(self, found: protocol.Found, memory: int) -> tuple[mmap.mmap, int]:
         """The object's memory in this process, registered; its address. The manager does not know of it yet."""
         nbytes = -(-found.nbytes // PAGE_SIZE) * PAGE_SIZE
-        mapping = mmap.mmap(memory, nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        if found.writable:
+            mapping = mmap.mmap(memory, nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        else:
+            mapping = mmap.mmap(memory, nbytes, mmap.MAP_PRIVATE, mmap.PROT_READ)
         os.close(memory)
         mapping.madvise(mmap.MADV_DONTFORK)
         address = syscalls.address_of(mapping)

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
@@ -25,9 +24,9 @@ import hwpoison
 from hwpoison.cli import COMMANDS, main
 from hwpoison.core.records import Event
 from hwpoison.service.eventlog import EventLog
+from tests.support import SECONDS_MAX, need, wait_until
 
 COMMAND = [sys.executable, "-m", "hwpoison"]
-SECONDS_MAX = 60
 NOBODY = 65534
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -334,8 +333,9 @@ def test_a_page_is_reported_by_name_or_by_process_and_address(table: hwpoison.Me
 
 
 @live
-@pytest.mark.skipif(os.geteuid() != 0, reason="frames are known to root only")
 def test_a_page_is_reported_by_frame_or_physical_address(table: hwpoison.Memory) -> None:
+    need(os.geteuid() == 0, "root, who may see page frame numbers")
+
     def frame(page: int) -> int:
         assert table.buffer[page * PAGE] == ord("x")
         with Path("/proc/self/pagemap").open("rb") as pagemap:
@@ -580,10 +580,10 @@ def test_what_is_typed_at_a_terminal_reaches_the_command_once() -> None:
 def serving(path: Path, *arguments: object) -> Iterator[subprocess.Popen[str]]:
     """`hwpoison serve`, from the moment that it answers."""
     with started("serve", "--socket", path, *arguments) as server:
-        deadline = time.monotonic() + SECONDS_MAX
-        while run("status", "--socket", path).returncode == 3:
-            assert server.poll() is None, server.communicate()
-            assert time.monotonic() < deadline
+        wait_until(
+            lambda: server.poll() is not None or run("status", "--socket", path).returncode != 3, "the manager answers"
+        )
+        assert server.poll() is None, server.communicate()
         yield server
 
 
@@ -627,7 +627,7 @@ def test_a_manager_that_goes_away_while_it_is_asked_is_status_3(tmp_path: Path) 
     with serving(tmp_path / "socket") as server:
         server.send_signal(signal.SIGSTOP)
         with started("status", "--socket", tmp_path / "socket") as asking:
-            wait_until_connected(asking)
+            wait_until(lambda: has_socket(asking), "the command has connected")
             server.kill()
             server.wait(SECONDS_MAX)
             output, errors = asking.communicate(timeout=SECONDS_MAX)
@@ -636,12 +636,9 @@ def test_a_manager_that_goes_away_while_it_is_asked_is_status_3(tmp_path: Path) 
     assert "hwpoison serve --socket PATH" in errors
 
 
-def wait_until_connected(process: subprocess.Popen[str]) -> None:
-    """Until the process has a socket."""
-    deadline = time.monotonic() + SECONDS_MAX
-    while True:
-        with suppress(FileNotFoundError):
-            if any(os.readlink(one).startswith("socket:") for one in Path(f"/proc/{process.pid}/fd").iterdir()):
-                return
-        assert process.poll() is None
-        assert time.monotonic() < deadline
+def has_socket(process: subprocess.Popen[str]) -> bool:
+    assert process.poll() is None
+    # What is listed may be closed by the time that it is looked at.
+    with suppress(FileNotFoundError):
+        return any(os.readlink(one).startswith("socket:") for one in Path(f"/proc/{process.pid}/fd").iterdir())
+    return False

@@ -23,8 +23,8 @@ from hwpoison import events
 from hwpoison.core.records import Event
 from hwpoison.events import NotAnEventLogError, read
 from hwpoison.service.eventlog import EVENTS_LIMIT, QUEUE_LIMIT, EventLog
+from tests.support import SECONDS_MAX
 
-SECONDS_MAX = 60
 NOBODY = 65534
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +28,9 @@ from hwpoison.linux.userfaultfd import NO_FEATURE, Feature, open_userfaultfd
 SOCKET_VARIABLE = "HWPOISON_SOCKET"
 
 
+_managers: weakref.WeakSet[BaseManager] = weakref.WeakSet()
+
+
 class BaseManager:
     """What a private and a shared manager have in common."""
 
@@ -34,6 +38,7 @@ class BaseManager:
         self.connection = connection
         self.notices = Notices(connection)
         self._memories: list[Memory] = []
+        _managers.add(self)
 
     @property
     def pid(self) -> int:
@@ -284,13 +289,15 @@ def connect(socket_name: str | None = None, *, maps: bool = True) -> SharedManag
     return SharedManager(Connection(channel, socket_name, maps=maps))
 
 
-_shared: dict[str, tuple[int, SharedManager]] = {}
+_shared: list[SharedManager] = []
+"""Those that were connected for pickled memories: nobody else keeps them."""
 
 
 def attach_by_name(socket_name: str, name: str) -> Memory:
-    """What a pickled `Memory` becomes: attached in this process, through one connection for each manager."""
-    pid, manager = _shared.get(socket_name, (0, None))
-    if manager is None or pid != os.getpid() or manager.connection.closed:
-        manager = connect(socket_name)
-        _shared[socket_name] = (os.getpid(), manager)
-    return manager.attach(name)
+    """What a pickled `Memory` becomes: attached in this process, through the connection that it has to that manager."""
+    for manager in tuple(_managers):
+        connection = manager.connection
+        if connection.socket_name == socket_name and connection.owner == os.getpid() and not connection.closed:
+            return manager.attach(name)
+    _shared.append(connect(socket_name))
+    return _shared[-1].attach(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import threading
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -27,13 +28,13 @@ if TYPE_CHECKING:
     from hwpoison.app.notices import Handle
 
 
-_mapped: dict[int, int] = {}
-"""Address and size of every mapping of this process."""
+_mapped: dict[object, tuple[int, int]] = {}
+"""Address and size of every mapping of this process, by a key of its own: addresses are used again."""
 
 
 def _fence_in_child() -> None:
     """A forked child has none of the mappings. Nothing else may come to their addresses: views of them would show it."""
-    for address, nbytes in _mapped.items():
+    for address, nbytes in _mapped.values():
         with suppress(OSError):
             syscalls.fence(address, nbytes)
 
@@ -61,6 +62,7 @@ class Memory:
         self.address = syscalls.address_of(self._mapping)
         self._number = self._register(self._mapping, guarded=False).mapping
         self._guarded: GuardedView | None = None
+        self._lock = threading.Lock()
         self.closed = False
 
     # --- mapping
@@ -93,18 +95,20 @@ class Memory:
             userfaultfd.protect(opened.fd, address, len(mapping), on=True)
         mapped = self._connection.request(protocol.Map(self._found.object, address, guarded), protocol.Mapped)
         self._connection.watch_mapping(mapping, mapped.mapping)
-        _mapped[address] = len(mapping)
-        weakref.finalize(mapping, _mapped.pop, address, None).atexit = False
+        key = object()
+        _mapped[key] = address, len(mapping)
+        weakref.finalize(mapping, _mapped.pop, key, None).atexit = False
         return mapped
 
     def guarded_view(self) -> GuardedView:
         """The second view of this memory, made at its first use and kept. For `hwpoison.guard`."""
-        self._check_open()
-        if self._guarded is None:
-            mapping = self._map(guarded=True)
-            mapped = self._register(mapping, guarded=True)
-            self._guarded = GuardedView(self._connection, mapping, mapped, self.name, self.nbytes)
-        return self._guarded
+        with self._lock:
+            self._check_open()
+            if self._guarded is None:
+                mapping = self._map(guarded=True)
+                mapped = self._register(mapping, guarded=True)
+                self._guarded = GuardedView(self._connection, mapping, mapped, self.name, self.nbytes)
+            return self._guarded
 
     # --- views
 
@@ -212,6 +216,13 @@ class Memory:
         """
         view = memoryview(data).cast("B")
         self._check_range(offset, len(view))
+        end = offset + len(view)
+        if len(view) and (offset % PAGE_SIZE or (end % PAGE_SIZE and end != self.nbytes)):
+            # The manager says so too, but it gets the data in pieces: none must be repaired before the last is refused.
+            raise ValueError(
+                f"repair needs whole pages, and bytes {offset} to {end} are none: begin at a multiple of {PAGE_SIZE}, and "
+                f"end at one or at the end of {self.name!r} ({self.nbytes})"
+            )
         repaired = 0
         for start in range(0, len(view), protocol.DATA_LIMIT):
             piece = bytes(view[start : start + protocol.DATA_LIMIT])

@@ -32,6 +32,7 @@ COMMANDS = {
     "report": Place("hwpoison.cli.report:report", "Report a page that really is bad."),
     "log": Place("hwpoison.cli.log:log", "Read the event log, of managers that have ended too."),
     "demo": Place("hwpoison.cli.demo:demo", "Watch memory fail in every way, and every byte be right."),
+    "doctor": Place("hwpoison.cli.doctor:doctor", "Find out what this machine can do, and what keeps it from more."),
     "bench": Place("hwpoison.cli.bench:bench", "Measure what this costs here, each figure beside its floor."),
 }
 
@@ -53,8 +54,7 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             status = super().invoke(ctx)
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            sys.stdout.flush()
         except BrokenPipeError:
             # Whoever read our output has read enough. Python's own flush at the end must not find the same again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -91,6 +91,8 @@ def command(context: click.Context) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status. Every error is one line on standard error."""
+    # Python has None for what was closed when it started.
+    sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     try:
         status = command.main(arguments, prog_name="hwpoison", standalone_mode=False)
     except click.UsageError as error:

@@ -132,7 +132,7 @@ def print_failure(where: str, failure: Failure, *, as_json: bool) -> int:
 
         print_json(msgspec.to_builtins(failure))
     else:
-        click.echo(paint(printable(kernel_line(where, failure)), outcome=failure.outcome))
+        click.echo(paint(kernel_line(where, failure), outcome=failure.outcome))
         if failure.victims:
             click.echo(f"Data lost in process {', '.join(map(str, failure.victims))}")
     return FOUND if failure.victims or failure.outcome is Outcome.FAILED else FINE
@@ -150,11 +150,6 @@ def paint(text: str, *, outcome: str = "", colour: str = "") -> str:
     """`text` in the colour of an outcome, or in `colour`."""
     colour = colour or OUTCOME_COLOURS.get(outcome, "")
     return click.style(text, fg=colour) if colour and coloured() else text
-
-
-def printable(text: str) -> str:
-    """`text` without what would act on the terminal: names are given by programs and files."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def size_text(nbytes: int) -> str:

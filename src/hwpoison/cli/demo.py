@@ -28,6 +28,12 @@ COPY_BYTES_MAX = 2 << 20
 MEMORY_BYTES = 2 << 20
 
 
+class BrokenError(click.ClickException):
+    """The demo could not even begin, or the processes for it are gone."""
+
+    exit_code = FOUND
+
+
 @click.command
 @click.option(
     "--file", "path", metavar="PATH", type=click.Path(path_type=Path),
@@ -44,6 +50,7 @@ def demo(path: Path | None, as_json: bool) -> int:
     Example:
       hwpoison demo --file /usr/bin/python3
     """
+    from hwpoison.cli.demo_clients import ClientError
     from hwpoison.cli.demo_table import DemoTable
 
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -56,7 +63,10 @@ def demo(path: Path | None, as_json: bool) -> int:
         path = path or _written(directory)
         nbytes = _checked(path)
         with _manager_lines_last(directory / "manager-lines") if table and table.shares_terminal else ExitStack():
-            document = _demonstrated(path, nbytes, directory, table)
+            try:
+                document = _demonstrated(path, nbytes, directory, table)
+            except (ClientError, ConnectionError) as error:
+                raise BrokenError(f"the demo broke off: {error}") from error
             document["seconds"] = round(time.monotonic() - started, 3)
             if table:
                 table.end(document)
@@ -191,13 +201,16 @@ def _play(stage: Stage, table: DemoTable | None) -> tuple[list[dict[str, Any]], 
 
 
 def _row(scenario: Scenario, trial: Trial) -> dict[str, Any]:
+    from hwpoison.cli.demo_scenarios import processes
+
     failure = trial.failure
     state, outcome = (failure.state.value, failure.outcome.value) if failure else ("", "")
     victims = failure.victims if failure else ()
     trial.expect(state == scenario.state, f"the state is {state!r} and not {scenario.state.value!r}")
     trial.expect(outcome == scenario.outcome, f"the outcome is {outcome!r} and not {scenario.outcome.value!r}")
-    trial.expect(victims == trial.victims, f"the victims are {victims} and not {trial.victims}")
-    trial.expect(trial.told == trial.victims, f"{trial.told} were told, and not {trial.victims}")
+    who = processes(trial.victims)
+    trial.expect(victims == trial.victims, f"the manager says that it hit {processes(victims)}, and not {who}")
+    trial.expect(trial.told == trial.victims, f"told was {processes(trial.told)}, and not {who}")
     return {
         "scenario": scenario.name,
         "state": state,

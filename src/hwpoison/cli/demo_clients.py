@@ -27,7 +27,7 @@ class Verdict(NamedTuple):
     """What one client has seen of its memories, down to the last byte."""
 
     wrong: tuple[tuple[str, int], ...]
-    """(name, offset) of each page that had a wrong byte, at any time so far."""
+    """(name, offset) of each page that had a wrong byte since the last time."""
     lost: tuple[hwpoison.Range, ...]
     """What was refused now."""
     refused: frozenset[tuple[str, int]]

@@ -10,7 +10,7 @@ import errno
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,7 +123,7 @@ class Trial:
 
     def expect(self, condition: bool, problem: str) -> None:
         """`problem` is what must be said if the condition does not hold."""
-        if not condition:
+        if not condition and problem not in self.problems:
             self.problems.append(problem)
 
     def strike(self, name: str, page: int) -> Failure:
@@ -143,8 +143,8 @@ class Trial:
         lost = hwpoison.Range(name, page * PAGE_SIZE, failure.nbytes)
         self.stage.losses.append((failure.event_id, *lost))
         self.victims = self.stage.pids
-        self.told = tuple(one.pid for one in self.stage.clients if one.ask("told_of", failure.event_id))
-        self.told = tuple(sorted(self.told))
+        told = ask_all(self.stage.clients, "told_of", failure.event_id)
+        self.told = tuple(sorted(client.pid for client, one in zip(self.stage.clients, told, strict=True) if one))
         return (lost,)
 
     def count_frames(self) -> None:
@@ -173,7 +173,7 @@ class Trial:
     def wrong(self, problem: str) -> None:
         """Some bytes are not what they must be."""
         self.content = "WRONG"
-        self.problems.append(problem)
+        self.expect(False, problem)
 
     def repair(self, lost: tuple[hwpoison.Range, ...]) -> None:
         """The client that knows the lost content gives it back; from then on everybody must have it."""
@@ -193,6 +193,11 @@ class Trial:
         with self.stage.copy.open("rb") as copy:
             on_disk = os.pread(copy.fileno(), len(known), page * PAGE_SIZE)
         self.expect(on_disk == known, f"the file does not have what was written to copy+{page * PAGE_SIZE:#x}")
+
+
+def processes(pids: Sequence[int]) -> str:
+    """In words."""
+    return f"process {', '.join(map(str, pids))}" if pids else "nobody"
 
 
 def _places(ranges: tuple[hwpoison.Range, ...]) -> str:

@@ -11,8 +11,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from hwpoison.cli.common import OUTCOME_COLOURS, coloured, printable, size_text
-from hwpoison.cli.demo_scenarios import Scenario, Stage
+from hwpoison.cli.common import OUTCOME_COLOURS, coloured, size_text
+from hwpoison.cli.demo_scenarios import Scenario, Stage, processes
+from hwpoison.core.records import printable
 
 WIDTH_MAX = 106
 HEADINGS = ("What was hit", "What the handler did", "Who was told", "Took", "Every byte")
@@ -102,11 +103,7 @@ class DemoTable:
 
 
 def _told(pids: Sequence[int], stage: Stage) -> str:
-    if not pids:
-        return "nobody"
-    if tuple(pids) == stage.pids:
-        return f"all {len(pids)} processes"
-    return f"process {', '.join(map(str, pids))}"
+    return f"all {len(pids)} processes" if tuple(pids) == stage.pids else processes(pids)
 
 
 def _time_text(microseconds: float) -> str:

@@ -33,10 +33,12 @@ FAILING_PAGES = 16
 stores, which would be SIGBUS on a lost page; here with `write`, which refuses."""
 KEPT_BYTES = 8
 """What a client's write leaves of a page: it must not cover a lost page whole, for that would repair it."""
+TOLD_SECONDS_MAX = 3.0
+"""A loss is told while it is handled; so late it can only be on its way because the machine is busy."""
 FILLED_BYTES = 2 << 20
 """What one thread lets the manager bring in while the memory is closed."""
 FILLERS = 4
-CLOSE_ATTEMPTS_MAX = 50
+CLOSE_ATTEMPTS_MAX = 100
 
 Bytes = numpy.typing.NDArray[numpy.uint8]
 
@@ -204,7 +206,7 @@ class Work:
             self._wrong.update((name, page * PAGE_SIZE) for page in differs - refused)
             self._compared += len(known.content)
         verdict = Verdict(tuple(sorted(self._wrong)), tuple(sorted(lost)), self.refusals(), self._compared)
-        self._compared = 0
+        self._wrong, self._compared = set(), 0
         return verdict
 
     def refusals(self) -> frozenset[tuple[str, int]]:
@@ -224,7 +226,7 @@ class Work:
     def told_of(self, event_id: str) -> bool:
         """True if this client is told of that failure, soon or before."""
         with self._told:
-            return self._told.wait_for(lambda: event_id in [one[0] for one in self._notices], 5)
+            return self._told.wait_for(lambda: event_id in [one[0] for one in self._notices], TOLD_SECONDS_MAX)
 
     def notices(self) -> list[tuple[str, str, int, int]]:
         """Event id, name, offset and size of all that this client was told of."""

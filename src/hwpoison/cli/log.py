@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hwpoison.cli.common import FINE, JSON_VERSION, json_option, paint, printable
+from hwpoison.cli.common import FINE, JSON_VERSION, json_option, paint
+from hwpoison.core.records import printable
 
 if TYPE_CHECKING:
     from hwpoison.events import LoggedEvent
@@ -40,38 +41,32 @@ def log(as_json: bool, follow: bool, event: str | None, limit: int | None, path:
 
     path = path or default_path()
     show = _json_line if as_json else _line
-    found = _following(path, event, limit) if follow else iter([read(path, event_id=event, limit=limit)])
+    events = _following(path, event, limit) if follow else read(path, event_id=event, limit=limit)
     with suppress(KeyboardInterrupt):
-        for events in found:
-            for one in events:
-                sys.stdout.write(show(one) + "\n")
-            sys.stdout.flush()
+        for one in events:
+            sys.stdout.write(show(one) + "\n")
+            if follow:
+                sys.stdout.flush()
     return FINE
 
 
-def _following(path: Path, event_id: str | None, limit: int | None) -> Iterator[Iterator[LoggedEvent]]:
+def _following(path: Path, event_id: str | None, limit: int | None) -> Iterator[LoggedEvent]:
     """What is there, and then whatever comes, until nobody reads standard output any more."""
     from hwpoison.events import read
 
     last: LoggedEvent | None = None
-
-    def noted(events: Iterator[LoggedEvent]) -> Iterator[LoggedEvent]:
-        nonlocal last
-        for one in events:
-            last = one
-            yield one
-
     reader_is_gone = select.poll()
     reader_is_gone.register(sys.stdout.fileno(), 0)
     while True:
         # A log that does not exist yet will come with the first event.
         with suppress(FileNotFoundError):
             events = read(path, after=last.id - 1 if last else 0, event_id=event_id, limit=limit)
+            limit = None
             if last and next(events, None) != last:
                 # Somebody has removed the log, and this is another.
                 events = read(path, event_id=event_id)
-            yield noted(events)
-            limit = None
+            for last in events:
+                yield last
         if reader_is_gone.poll(FOLLOW_SECONDS * 1000):
             return
 

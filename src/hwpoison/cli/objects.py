@@ -12,10 +12,10 @@ from hwpoison.cli.common import (
     paint,
     print_json,
     print_table,
-    printable,
     size_text,
     socket_option,
 )
+from hwpoison.core.records import printable
 
 HEADINGS = ("NAME", "KIND", "MODE", "SIZE", "PRESENT", "DIRTY", "LOST", "MAPPINGS", "PROCESSES")
 

@@ -8,7 +8,8 @@ from contextlib import suppress
 
 import click
 
-from hwpoison.cli.common import SOCKET_VARIABLE, memory_limit_option, printable
+from hwpoison.cli.common import SOCKET_VARIABLE, memory_limit_option
+from hwpoison.core.records import printable
 
 NOT_EXECUTABLE = 126
 NOT_FOUND = 127

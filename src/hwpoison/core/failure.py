@@ -12,17 +12,14 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import IntFlag
 from functools import cache
-from typing import TYPE_CHECKING
 
+from hwpoison.core.books import Books
 from hwpoison.core.locks import Held
 from hwpoison.core.machine import Frame, StaleFrameError
 from hwpoison.core.objects import Kind, Loss, MemoryObject
 from hwpoison.core.pages import DIRTY, LOST, POISONED, PRESENT, WRITEBACK
 from hwpoison.core.records import Failure, Outcome, Report, State
-from hwpoison.core.recovery import UnreadableError, declare_unreadable, isolate, lose, lose_block, read_in, watch
-
-if TYPE_CHECKING:
-    from hwpoison.core.manager import MemoryManager
+from hwpoison.core.recovery import UnreadableError, declare_unreadable, isolate, lose, lose_block, read_in
 
 WAIT_LIMIT_SECONDS = 30.0
 """How long a failure waits for a page that is being read in or written back, before it decides all the same."""
@@ -61,7 +58,7 @@ class Place:
 class Handling:
     """One failure under way: what the actions need and what they leave for the outcome."""
 
-    manager: MemoryManager
+    books: Books
     report: Report
     event_id: str
     place: Place
@@ -94,11 +91,11 @@ class Row:
     """What the action does, for `docs/states.md`."""
 
 
-async def memory_failure(manager: MemoryManager, report: Report) -> Failure:
+async def memory_failure(books: Books, report: Report) -> Failure:
     """Handle `report`. Never raises for what it finds; every way out goes through `_finish`."""
     started = asyncio.get_running_loop().time()
-    place = await _locate(manager, report)
-    handling = Handling(manager, report, manager.new_event_id(), place)
+    place = await _locate(books, report)
+    handling = Handling(books, report, books.new_event_id(), place)
     _record_report(handling)
     row = identify(_observe(place))
     if row.state in DECIDED_WITHOUT_LOCK:
@@ -124,25 +121,25 @@ async def memory_failure(manager: MemoryManager, report: Report) -> Failure:
     return _finish(handling, row, outcome, started)
 
 
-async def _locate(manager: MemoryManager, report: Report) -> Place:
+async def _locate(books: Books, report: Report) -> Place:
     """The page that a report means."""
     if report.name is not None:
-        object_ = manager.find(report.name)
+        object_ = books.find(report.name)
         assert report.offset is not None
         return Place(object_, object_.pages_of(report.offset, 1)[0])
     if report.pfn is not None:
-        if manager.machine.quarantined(report.pfn):
+        if books.machine.quarantined(report.pfn):
             return Place(pfn=report.pfn, quarantined=True)
-        found = await manager.find_frame(report.pfn)
+        found = await books.find_frame(report.pfn)
         if found is not None:
             return Place(*found, pfn=report.pfn)
-        return Place(pfn=report.pfn, reserved=manager.machine.reserved(number=report.pfn))
+        return Place(pfn=report.pfn, reserved=books.machine.reserved(number=report.pfn))
     assert report.pid is not None and report.address is not None
-    for client in manager.clients_of(report.pid):
+    for client in books.clients_of(report.pid):
         mapping = client.find(report.address)
         if mapping is not None:
             return Place(mapping.object, mapping.page(report.address))
-    return Place(reserved=manager.machine.reserved(pid=report.pid))
+    return Place(reserved=books.machine.reserved(pid=report.pid))
 
 
 def _observe(place: Place) -> Condition:
@@ -190,7 +187,7 @@ async def _locked(handling: Handling, held: Held) -> bool:
                 await locks.acquire(held)
         except TimeoutError:
             handling.reason = "the page stayed locked: it is being read in, or a client holds up its own mapping"
-            handling.manager.record("error", event_id=handling.event_id, detail=handling.reason)
+            handling.books.record("error", event_id=handling.event_id, detail=handling.reason)
         else:
             handling.reason = ""
             return True
@@ -221,7 +218,7 @@ async def _act(handling: Handling, row: Row) -> Outcome:
 def _record_report(handling: Handling) -> None:
     report, place = handling.report, handling.place
     urgency = "action required" if report.action_required else "action optional"
-    handling.manager.record(
+    handling.books.record(
         "report",
         place.object,
         place.page,
@@ -233,7 +230,7 @@ def _record_report(handling: Handling) -> None:
 
 def _finish(handling: Handling, row: Row, outcome: Outcome, started: float) -> Failure:
     """The one way out: make the result, count it, record it, say it."""
-    manager, place = handling.manager, handling.place
+    books, place = handling.books, handling.place
     failure = Failure(
         event_id=handling.event_id,
         state=row.state,
@@ -245,8 +242,8 @@ def _finish(handling: Handling, row: Row, outcome: Outcome, started: float) -> F
         nbytes=place.object.nbytes_of(place.page, 1) if place.object else 0,
         reason=handling.reason,
     )
-    manager.statistics.count(failure)
-    manager.record(
+    books.statistics.count(failure)
+    books.record(
         "outcome",
         place.object,
         place.page,
@@ -256,7 +253,7 @@ def _finish(handling: Handling, row: Row, outcome: Outcome, started: float) -> F
         detail=failure.reason,
     )
     where = f"{failure.name}+{failure.offset:#x}" if failure.name else handling.report.where
-    manager.observer.failure(where, failure)
+    books.observer.failure(where, failure)
     return failure
 
 
@@ -287,10 +284,10 @@ async def _already(handling: Handling) -> Outcome:
 
 async def _foreign(handling: Handling) -> Outcome:
     """Not ours. Handed on to the kernel only where the operator wanted that, and never because of a simulated report."""
-    manager, report = handling.manager, handling.report
-    if report.pfn is not None and manager.offline_foreign and not report.simulated:
+    books, report = handling.books, handling.report
+    if report.pfn is not None and books.offline_foreign and not report.simulated:
         try:
-            await manager.machine.offline(report.pfn)
+            await books.machine.offline(report.pfn)
         except OSError as error:
             handling.reason = f"the kernel's hard offline failed: {error.strerror}"
         else:
@@ -305,55 +302,55 @@ async def _nothing_there(handling: Handling) -> Outcome:
 
 async def _lose(handling: Handling) -> Outcome:
     """The only copy is gone: isolate, and tell the owners."""
-    manager, object_, page = handling.manager, handling.object, handling.page
+    books, object_, page = handling.books, handling.object, handling.page
     frame = isolate(object_, page, handling.place.pfn)
     if object_.kind is Kind.FILE:
         object_.error_sequence += 1
     if frame is None:
         return _lose_block(handling)
     isolated = _quarantine(handling, frame)
-    handling.victims = lose(manager, object_, page, handling.loss())
+    handling.victims = lose(books, object_, page, handling.loss())
     return isolated
 
 
 def _lose_block(handling: Handling) -> Outcome:
     handling.reason = "the page is part of a large frame, which was given up whole"
-    handling.victims = lose_block(handling.manager, handling.object, handling.page, handling.loss(handling.reason))
+    handling.victims = lose_block(handling.books, handling.object, handling.page, handling.loss(handling.reason))
     return Outcome.FAILED
 
 
 async def _read_again(handling: Handling) -> Outcome:
     """The file has it: isolate, and read it again, at once if anybody maps it."""
-    manager, object_, page = handling.manager, handling.object, handling.page
+    books, object_, page = handling.books, handling.object, handling.page
     frame = isolate(object_, page, handling.place.pfn)
     if frame is None:
         return _lose_block(handling)
     isolated = _quarantine(handling, frame)
-    await watch(object_, page, 1)
+    await object_.watch(page, 1)
     mappings = object_.mappings.covering(page)
     if mappings:
         try:
-            await read_in(manager, object_, page, 1)
+            await read_in(books, object_, page, 1)
         except UnreadableError as error:
             handling.reason = str(error)
-            handling.victims = await declare_unreadable(manager, object_, page, error, handling.event_id)
+            handling.victims = await declare_unreadable(books, object_, page, error, handling.event_id)
         else:
             for mapping in mappings[:WAKE_AT_ONCE]:
                 mapping.wake(page)
-            manager.record("refill", object_, page, event_id=handling.event_id)
+            books.record("refill", object_, page, event_id=handling.event_id)
     return isolated
 
 
 def _quarantine(handling: Handling, frame: Frame) -> Outcome:
     """Hold the frame for ever. Where the system allows no more of that, it goes back to it: the page is recovered, the
     frame is not isolated."""
-    handling.manager.reclaim.left(1)
+    handling.books.reclaim.left(1)
     try:
         frame.quarantine()
     except OSError as error:
         handling.reason = f"the quarantine is full: {error.strerror}"
         return Outcome.FAILED
-    handling.manager.statistics.quarantined += 1
+    handling.books.statistics.quarantined += 1
     return Outcome.RECOVERED
 
 

@@ -7,8 +7,8 @@ write (note the dirt). Each fault ends with a wake, whatever happens: a thread t
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
+from hwpoison.core.books import WINDOW_BYTES, Books
 from hwpoison.core.locks import Held
 from hwpoison.core.machine import Content
 from hwpoison.core.mappings import Client, Mapping
@@ -18,38 +18,29 @@ from hwpoison.core.policy import answer_lost
 from hwpoison.core.readahead import next_window
 from hwpoison.core.recovery import UnreadableError, declare_unreadable, read_in
 
-if TYPE_CHECKING:
-    from hwpoison.core.manager import MemoryManager
-
-READ_AHEAD_PAGES = 512
-"""Most pages that one fault brings in: 2 MiB of 4 KiB pages."""
-PIECE_PAGES = 128
-"""Pages of a window that are read, published and let go of together: the accessor goes on after the first piece."""
-WRITE_AROUND_PAGES = 64
-"""Most pages that one fault declares dirty, when writes are sequential. Each is a page that a failure would lose."""
+WRITE_AROUND_BYTES = 256 << 10
+"""Most that one fault declares dirty, when writes are sequential: a failure would lose any page of it."""
 
 
-def fault(manager: MemoryManager, client: Client, address: int, thread: int, *, write: bool, protected: bool) -> None:
+def fault(books: Books, client: Client, address: int, thread: int, *, write: bool, protected: bool) -> None:
     """A thread of `client` sleeps in a fault at `address` (page aligned). Called by the machine; never waits."""
-    manager.statistics.faults += 1
+    books.statistics.faults += 1
     mapping = client.find(address)
     if mapping is None:
-        manager.start(_stray(client, address), f"stray fault of {client.number}")
-    elif protected or not _at_once_or_not(manager, mapping, mapping.page(address), write):
-        manager.start(
-            _served(manager, mapping, mapping.page(address), thread, write, protected), f"fault of {client.number}"
-        )
+        books.start(_stray(client, address), f"stray fault of {client.number}")
+    elif protected or not _at_once_or_not(books, mapping, mapping.page(address), write):
+        books.start(_served(books, mapping, mapping.page(address), thread, write, protected), f"fault of {client.number}")
 
 
-def _at_once_or_not(manager: MemoryManager, mapping: Mapping, page: int, write: bool) -> bool:
+def _at_once_or_not(books: Books, mapping: Mapping, page: int, write: bool) -> bool:
     try:
-        return _at_once(manager, mapping, page, write)
+        return _at_once(books, mapping, page, write)
     except OSError:
         # It is tried again with all that can be done about it; the accessor must not sleep on.
         return False
 
 
-def _at_once(manager: MemoryManager, mapping: Mapping, page: int, write: bool) -> bool:
+def _at_once(books: Books, mapping: Mapping, page: int, write: bool) -> bool:
     """The common cases, without a task: the page has come meanwhile, or is one page of a cached file, or of zeros."""
     object_ = mapping.object
     if not object_.locks.free(page):
@@ -58,11 +49,11 @@ def _at_once(manager: MemoryManager, mapping: Mapping, page: int, write: bool) -
     if flags & PRESENT:
         mapping.wake(page)
         return True
-    if flags or page in mapping.reads or (write and object_.tracks_dirt) or not manager.reclaim.room(1):
+    if flags or page in mapping.reads or (write and object_.tracks_dirt) or not books.reclaim.room(1):
         return False
     backing = object_.backing
     if backing is None:
-        content: Content = manager.zeros(1)
+        content: Content = books.zeros(1)
     else:
         if backing.writing:
             return False
@@ -73,67 +64,68 @@ def _at_once(manager: MemoryManager, mapping: Mapping, page: int, write: bool) -
             return False
         content = cached if nbytes == object_.page_size else bytes(cached).ljust(object_.page_size, b"\0")
     object_.store.publish(page, content)
-    object_.pages.arrived(page, 1, manager.reclaim.arrived(object_, 1))
+    object_.pages.arrived(page, 1, books.reclaim.arrived(object_, 1))
     mapping.wake(page)
-    manager.statistics.pages_read += 1
+    books.statistics.pages_read += 1
     next_window(mapping.reads, page, 1)
     return True
 
 
-async def _served(manager: MemoryManager, mapping: Mapping, page: int, thread: int, write: bool, protected: bool) -> None:
+async def _served(books: Books, mapping: Mapping, page: int, thread: int, write: bool, protected: bool) -> None:
     try:
         if protected:
-            await _first_write(manager, mapping, page, thread)
+            await _first_write(books, mapping, page, thread)
         else:
-            await _missing(manager, mapping, page, thread, write)
+            await _missing(books, mapping, page, thread, write)
     except Exception as error:  # noqa: BLE001
         # Nobody may sleep for ever because of a defect of ours: the access fails, loudly.
-        manager.observer.defect(f"fault at page {page} of {mapping.object.name}", error)
+        books.observer.defect(f"fault at page {page} of {mapping.object.name}", error)
         mapping.markers.add(page)
         await mapping.client.space.poison(mapping.address_of(page))
     finally:
         mapping.wake(page)
 
 
-async def _missing(manager: MemoryManager, mapping: Mapping, page: int, thread: int, write: bool) -> None:
+async def _missing(books: Books, mapping: Mapping, page: int, thread: int, write: bool) -> None:
     object_ = mapping.object
-    window = next_window(mapping.reads, page, min(READ_AHEAD_PAGES, manager.reclaim.largest_window))
+    window = next_window(mapping.reads, page, min(object_.pages_in(WINDOW_BYTES), books.reclaim.largest_window))
     window = max(1, object_.pages.absent_from(page, window))
     async with object_.locks.hold(page, window) as held:
         flags = object_.pages.flags[page]
         if flags & LOST or object_.closed:
-            await answer_lost(manager, mapping, page, thread)
+            await answer_lost(books, mapping, page, thread)
         elif flags & PRESENT:
             return
         else:
             # While this waited for the lock, others may have brought pages of the window in.
             window = max(1, object_.pages.absent_from(page, window))
             try:
-                await bring_in(manager, object_, held, window, mapping if write else None, mapping)
+                await bring_in(books, object_, held, window, mapping if write else None, mapping)
             except UnreadableError as error:
-                await declare_unreadable(manager, object_, page, error)
-                await answer_lost(manager, mapping, page, thread)
+                await declare_unreadable(books, object_, page, error)
+                await answer_lost(books, mapping, page, thread)
 
 
 async def bring_in(
-    manager: MemoryManager,
+    books: Books,
     object_: MemoryObject,
     held: Held,
     count: int,
     writer: Mapping | None,
     waiter: Mapping | None,
 ) -> None:
-    """Bring in `count` absent pages from the front of `held`, piece by piece, letting go of each piece.
+    """Bring in `count` absent pages from the front of `held`: together, as each piece costs two hand-overs to a worker, or
+    page by page if they can't be had together, letting go of each.
 
     `writer` is about to write to the first page; `waiter` sleeps on it. Raises `UnreadableError` if the first page can't
     be had; if a later one can't, that is found when somebody wants it.
     """
     first = held.first
-    piece = min(count, PIECE_PAGES)
+    piece = count
     while count:
         page, piece = held.first, min(count, piece)
         try:
-            await read_in(manager, object_, page, piece)
+            await read_in(books, object_, page, piece)
         except UnreadableError:
             if piece > 1:
                 piece = 1
@@ -151,14 +143,14 @@ async def bring_in(
             held.release_front(piece)
 
 
-async def _first_write(manager: MemoryManager, mapping: Mapping, page: int, thread: int) -> None:
+async def _first_write(books: Books, mapping: Mapping, page: int, thread: int) -> None:
     object_ = mapping.object
-    window = next_window(mapping.writes, page, WRITE_AROUND_PAGES)
+    window = next_window(mapping.writes, page, object_.pages_in(WRITE_AROUND_BYTES))
     window = min(window, object_.pages.count - page)
     async with object_.locks.hold(page, window):
         flags = object_.pages.flags
         if flags[page] & LOST or object_.closed:
-            await answer_lost(manager, mapping, page, thread)
+            await answer_lost(books, mapping, page, thread)
             return
         count = 0
         while count < window and flags[page + count] & (PRESENT | POISONED) == PRESENT:
@@ -175,11 +167,11 @@ async def _dirty(mapping: Mapping, first: int, count: int) -> None:
     await mapping.client.space.unprotect(mapping.address_of(first), count * mapping.object.page_size)
 
 
-async def prefetch(manager: MemoryManager, object_: MemoryObject, first: int, count: int) -> None:
+async def prefetch(books: Books, object_: MemoryObject, first: int, count: int) -> None:
     """Bring pages in that are absent and well. Those that can't be had are left for their access."""
     page, end = first, first + count
     while page < end:
-        window = object_.pages.absent_from(page, min(end - page, READ_AHEAD_PAGES))
+        window = object_.pages.absent_from(page, min(end - page, object_.pages_in(WINDOW_BYTES)))
         if window:
             async with object_.locks.hold(page, window) as held:
                 window = object_.pages.absent_from(page, window)
@@ -187,7 +179,7 @@ async def prefetch(manager: MemoryManager, object_: MemoryObject, first: int, co
                     return
                 if window:
                     with suppress(UnreadableError):
-                        await bring_in(manager, object_, held, window, None, None)
+                        await bring_in(books, object_, held, window, None, None)
         page += max(1, window)
 
 

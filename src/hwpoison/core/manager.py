@@ -1,4 +1,4 @@
-"""The manager's books: objects, clients, and what clients may ask for. The handling itself is in the files beside.
+"""What clients may ask of the manager, and what the machine tells it. The handling itself is in the files beside.
 
 Everything runs on one event loop. A coroutine that has awaited anything looks again at what it relied on.
 """
@@ -6,58 +6,25 @@ Everything runs on one event loop. A coroutine that has awaited anything looks a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator
-from typing import Any
 
-from hwpoison.core import faults
-from hwpoison.core.accounting import Observer, Statistics
+from hwpoison.core import faults, writeback
+from hwpoison.core.books import Books
 from hwpoison.core.failure import memory_failure
-from hwpoison.core.machine import File, Hits, Machine, Space
+from hwpoison.core.machine import File, Hits, Space
 from hwpoison.core.mappings import Client, Mapping
 from hwpoison.core.objects import Backing, MemoryObject
 from hwpoison.core.pages import WRITEBACK
-from hwpoison.core.reclaim import Reclaim
-from hwpoison.core.records import Event, Failure, Report
+from hwpoison.core.records import Failure, Report
 from hwpoison.core.writeback import write_back_all
 
+NAME_LIMIT = 4096
+"""Most characters of an object's name: those of the longest path. Every notice has the name in it."""
 
-class MemoryManager:
-    """All objects and clients of one manager process. `instance` makes its event ids different from any other's."""
 
-    def __init__(
-        self,
-        machine: Machine,
-        observer: Observer,
-        *,
-        instance: str,
-        memory_limit: int | None = None,
-        offline_foreign: bool = False,
-    ) -> None:
-        self.machine = machine
-        self.observer = observer
-        self.offline_foreign = offline_foreign
-        self.statistics = Statistics()
-        self._zeros = memoryview(bytes(faults.READ_AHEAD_PAGES * machine.page_size))
-        self.memory_limit = memory_limit
-        self.reclaim = Reclaim(self, None if memory_limit is None else max(1, memory_limit // machine.page_size))
-        self._instance = instance
-        self._events = 0
-        self._numbers = 0
-        self._objects: dict[str, MemoryObject] = {}
-        self._clients: dict[int, Client] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+class MemoryManager(Books):
+    """The books, with everything that can be done."""
 
     # --- objects
-
-    def objects(self) -> list[MemoryObject]:
-        return list(self._objects.values())
-
-    def find(self, name: str) -> MemoryObject:
-        """Raises FileNotFoundError."""
-        try:
-            return self._objects[name]
-        except KeyError:
-            raise FileNotFoundError(f"there is no object {name!r}; objects() lists those that are") from None
 
     def allocate(self, nbytes: int, name: str | None = None) -> MemoryObject:
         """A new anonymous object, all zeros. Raises ValueError, FileExistsError, MemoryError."""
@@ -100,11 +67,15 @@ class MemoryManager:
             name = f"anonymous-{self._numbers}"
         if name in self._objects:
             raise FileExistsError(f"the name {name!r} is taken by another object; pass another name=, or attach({name!r})")
-        if not name:
-            raise ValueError("an object's name has at least one character")
+        if not 0 < len(name) <= NAME_LIMIT or "\0" in name:
+            raise ValueError(f"an object's name has 1 to {NAME_LIMIT} characters, and no NUL among them")
         store = self.machine.create(name, nbytes)
         self._numbers += 1
-        object_ = MemoryObject(self._numbers, name, nbytes, self.machine.page_size, store, backing)
+        try:
+            object_ = MemoryObject(self._numbers, name, nbytes, self.machine.page_size, store, backing)
+        except MemoryError:
+            store.close()
+            raise
         self._objects[name] = object_
         return object_
 
@@ -116,7 +87,13 @@ class MemoryManager:
         """One reference less; the last one writes the object back and ends it."""
         object_.references -= 1
         if not object_.references:
-            self.start(self._end(object_), f"end of object {object_.number}")
+            object_.ending = self.start(self._end(object_), f"end of object {object_.number}")
+
+    async def settled(self, name: str) -> None:
+        """Until an object that nobody refers to any more is at its end; then `name` is free."""
+        object_ = self._objects.get(name)
+        if object_ is not None and object_.ending is not None:
+            await asyncio.wait((object_.ending,))
 
     async def _end(self, object_: MemoryObject) -> None:
         await write_back_all(self, object_)
@@ -149,12 +126,6 @@ class MemoryManager:
         del self._clients[client.number]
         for mapping in (*client.mappings, *client.vacated):
             self.unmap(mapping)
-
-    def clients(self) -> list[Client]:
-        return list(self._clients.values())
-
-    def clients_of(self, pid: int) -> Iterator[Client]:
-        return (client for client in self.clients() if client.pid == pid)
 
     def map(self, client: Client, object_: MemoryObject, address: int, hits: Hits | None) -> Mapping:
         """`client` shows the whole object at `address`, registered with its userfaultfd. Raises ValueError."""
@@ -195,9 +166,22 @@ class MemoryManager:
 
     async def report(self, report: Report) -> Failure:
         """See `core.failure.memory_failure`. Raises FileNotFoundError or ValueError for what names no page."""
+        ways = (report.name, report.pfn, report.pid)
+        complete = (report.name is None) == (report.offset is None) and (report.pid is None) == (report.address is None)
+        numbers = (report.offset, report.pfn, report.pid, report.address)
+        if ways.count(None) != 2 or not complete or any(number is not None and number < 0 for number in numbers):
+            raise ValueError("a report names a page by one of: name and offset, pfn, pid and address; numbers from 0 on")
         if report.name is not None:
             self.find(report.name).pages_of(report.offset or 0, 1)
         return await memory_failure(self, report)
+
+    async def flush(self, mapping: Mapping) -> None:
+        """See `core.writeback.flush`. The client may go meanwhile; its object must not."""
+        self.hold(mapping.object)
+        try:
+            await writeback.flush(self, mapping)
+        finally:
+            self.release(mapping.object)
 
     async def prefetch(self, mapping: Mapping, first: int, count: int) -> None:
         """Bring pages in, as many as the memory limit lets stay; those that can't be had are left for their access."""
@@ -205,64 +189,9 @@ class MemoryManager:
             count = min(count, self.reclaim.limit // 2)
         await faults.prefetch(self, mapping.object, first, count)
 
-    async def find_frame(self, number: int) -> tuple[MemoryObject, int] | None:
-        """The page whose frame has this PFN."""
-        objects = self.objects()
-        found = await self.machine.find_frame(number, [(one.store, one.is_present) for one in objects])
-        return None if found is None else (objects[found[0]], found[1])
-
     async def close(self) -> None:
         """Write everything back; afterwards nothing is under way."""
         for object_ in self.objects():
             await write_back_all(self, object_)
         while self._tasks:
             await asyncio.wait(self._tasks)
-
-    # --- for the files beside
-
-    def zeros(self, count: int) -> memoryview:
-        """The content of `count` fresh anonymous pages."""
-        return self._zeros[: count * self.machine.page_size]
-
-    def new_event_id(self) -> str:
-        self._events += 1
-        return f"{self._instance}-{self._events}"
-
-    def record(
-        self,
-        kind: str,
-        object_: MemoryObject | None = None,
-        page: int | None = None,
-        *,
-        event_id: str = "",
-        state: str = "",
-        outcome: str = "",
-        pid: int = 0,
-        detail: str = "",
-    ) -> None:
-        """Something happened, to `page` of `object_` if they are given: one line of the event log."""
-        place = object_.range_of(page) if object_ is not None and page is not None else None
-        self.observer.event(
-            Event(
-                kind=kind,
-                event_id=event_id,
-                name=object_.name if object_ is not None else "",
-                offset=place.offset if place else -1,
-                nbytes=place.nbytes if place else 0,
-                state=state,
-                outcome=outcome,
-                pid=pid,
-                detail=detail,
-            )
-        )
-
-    def start(self, story: Coroutine[Any, Any, None], name: str) -> None:
-        """Run `story` beside everything else. Its errors are defects."""
-        task = asyncio.get_running_loop().create_task(story, name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self.observer.defect(task.get_name(), error)

@@ -66,6 +66,8 @@ class MemoryObject:
         self.references = 0
         """Mappings, and clients that are about to map."""
         self.closed = False
+        self.ending: asyncio.Task[None] | None = None
+        """What ends it: started each time that nobody refers to it any more."""
         self._io = asyncio.Event()
 
     @property
@@ -97,6 +99,10 @@ class MemoryObject:
         first = offset // self.page_size
         return first, -(-(offset + nbytes) // self.page_size) - first if nbytes else 0
 
+    def pages_in(self, nbytes: int) -> int:
+        """How many pages so many bytes are, at least one: limits are in bytes, as page sizes differ."""
+        return max(1, nbytes // self.page_size)
+
     def is_present(self, page: int) -> bool:
         return bool(self.pages.flags[page] & PRESENT)
 
@@ -124,3 +130,13 @@ class MemoryObject:
         """Until the page is not on its way to the file."""
         while self.pages.flags[page] & WRITEBACK:
             await self.io_wait()
+
+    async def watch(self, first: int, count: int) -> None:
+        """Absent, locked pages of a writable file are watched for first writes again: what took them away can have lost the
+        markers."""
+        if not self.tracks_dirt:
+            return
+        for mapping in self.mappings.covering(first, count):
+            if mapping.hits is None:
+                begin, end = max(first, mapping.first), min(first + count, mapping.first + mapping.count)
+                await mapping.client.space.protect(mapping.address_of(begin), (end - begin) * self.page_size)

@@ -18,6 +18,8 @@ POISONED = 8
 LOST = 16
 """The content is gone until the owner repairs or discards it. A lost page is absent."""
 
+RUNS_AT_ONCE_PAGES = 1 << 16
+"""An object may have very many pages: they are copied and looked at in pieces of this size."""
 _WITH = {flag: bytes(1 if value & flag else 0 for value in range(256)) for flag in (1, 2, 4, 8, 16)}
 
 
@@ -64,21 +66,23 @@ class Pages:
         self.flags[page] &= ~flag
 
     def runs(self, flag: int, first: int = 0, count: int | None = None) -> Iterator[tuple[int, int]]:
-        """(first, count) of each maximal run of pages that have `flag`, within the range, as it is now."""
+        """(first, count) of each maximal run of pages that have `flag`, within the range. For use at once: no snapshot."""
         end = self.count if count is None else first + count
-        has = bytes(self.flags[first:end]).translate(_WITH[flag])
-        start = has.find(1)
-        while start >= 0:
-            stop = has.find(0, start)
-            stop = len(has) if stop < 0 else stop
-            yield first + start, stop - start
-            start = has.find(1, stop)
+        begun = -1
+        for base in range(first, end, RUNS_AT_ONCE_PAGES):
+            has = self.flags[base : min(base + RUNS_AT_ONCE_PAGES, end)].translate(_WITH[flag])
+            at = has.find(1 if begun < 0 else 0)
+            while at >= 0:
+                if begun < 0:
+                    begun = base + at
+                else:
+                    yield begun, base + at - begun
+                    begun = -1
+                at = has.find(1 if begun < 0 else 0, at)
+        if begun >= 0:
+            yield begun, end - begun
 
     def absent_from(self, first: int, limit: int) -> int:
         """How many pages from `first`, at most `limit`, are absent and not known to be bad."""
-        end = min(first + limit, self.count)
-        page = first
-        flags = self.flags
-        while page < end and not flags[page]:
-            page += 1
-        return page - first
+        flags = self.flags[first : first + limit]
+        return len(flags) - len(flags.lstrip(b"\0"))

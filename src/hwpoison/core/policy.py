@@ -14,21 +14,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from hwpoison.core.books import Books
 from hwpoison.core.machine import Telling
 from hwpoison.core.mappings import Mapping
 from hwpoison.core.objects import Loss, MemoryObject
 from hwpoison.core.records import Notice
 
-if TYPE_CHECKING:
-    from hwpoison.core.manager import MemoryManager
-
 TELL_LIMIT = 16
 """How often a thread is sent SIGBUS for one address before its process is killed: its handler does not help it."""
 
 
-def tell_owners(manager: MemoryManager, object_: MemoryObject, page: int, loss: Loss) -> tuple[int, ...]:
+def tell_owners(books: Books, object_: MemoryObject, page: int, loss: Loss) -> tuple[int, ...]:
     """Tell each client that maps the page, once, that it is lost; their pids."""
     owners = {mapping.client.number: mapping.client for mapping in object_.mappings.covering(page)}
     name, offset, nbytes = object_.range_of(page)
@@ -37,19 +33,19 @@ def tell_owners(manager: MemoryManager, object_: MemoryObject, page: int, loss: 
         reason=loss.reason,
     )  # fmt: skip
     for owner in owners.values():
-        manager.record("victim", object_, page, event_id=loss.event_id, pid=owner.pid)
-        manager.observer.notice(owner, notice)
+        books.record("victim", object_, page, event_id=loss.event_id, pid=owner.pid)
+        books.observer.notice(owner, notice)
     return tuple(sorted({owner.pid for owner in owners.values()}))
 
 
-async def answer_lost(manager: MemoryManager, mapping: Mapping, page: int, thread: int) -> None:
+async def answer_lost(books: Books, mapping: Mapping, page: int, thread: int) -> None:
     """A thread sleeps in an access to a lost, locked page. After this it may be woken."""
     object_ = mapping.object
     loss = object_.losses.get(page)
-    manager.statistics.accesses_to_lost += 1
+    books.statistics.accesses_to_lost += 1
     event_id = loss.event_id if loss else ""
     how = "guarded" if mapping.hits else ""
-    manager.record("access", object_, page, event_id=event_id, pid=mapping.client.pid, detail=how)
+    books.record("access", object_, page, event_id=event_id, pid=mapping.client.pid, detail=how)
     address = mapping.address_of(page)
     with mapping.answering():
         if mapping.hits is not None:
@@ -61,10 +57,10 @@ async def answer_lost(manager: MemoryManager, mapping: Mapping, page: int, threa
             if mapping.hits.guarded:
                 await mapping.client.space.show_zeros(address)
                 return
-        if manager.machine.poison_markers:
+        if books.machine.poison_markers:
             await _mark(mapping, page, address)
         else:
-            _signal_or_kill(manager, mapping, thread, address, loss)
+            _signal_or_kill(books, mapping, thread, address, loss)
 
 
 async def _mark(mapping: Mapping, page: int, address: int) -> None:
@@ -75,14 +71,14 @@ async def _mark(mapping: Mapping, page: int, address: int) -> None:
         await mapping.client.space.poison(address)
 
 
-def _signal_or_kill(manager: MemoryManager, mapping: Mapping, thread: int, address: int, loss: Loss | None) -> None:
+def _signal_or_kill(books: Books, mapping: Mapping, thread: int, address: int, loss: Loss | None) -> None:
     client = mapping.client
     told = client.told.get((thread, address), 0)
     telling = client.space.telling(thread)
     if telling in (Telling.IGNORED, Telling.BLOCKED) or told >= TELL_LIMIT:
         why = f"SIGBUS is {telling.value}" if told < TELL_LIMIT else f"{TELL_LIMIT} SIGBUS did not help it"
         event_id = loss.event_id if loss else ""
-        manager.record("kill", mapping.object, mapping.page(address), event_id=event_id, pid=client.pid, detail=why)
+        books.record("kill", mapping.object, mapping.page(address), event_id=event_id, pid=client.pid, detail=why)
         client.space.kill()
     else:
         client.told[thread, address] = told + 1

@@ -7,27 +7,24 @@ while old pages can't be dropped, and those are moved to the newest generation w
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
+from hwpoison.core.accounting import Statistics
 from hwpoison.core.objects import MemoryObject
 from hwpoison.core.pages import DIRTY, POISONED, PRESENT, WRITEBACK
-from hwpoison.core.recovery import watch
-from hwpoison.core.writeback import write_back_some
-
-if TYPE_CHECKING:
-    from hwpoison.core.manager import MemoryManager
 
 GENERATIONS = 255
 """Values of the byte that are generations; 0 is none."""
-RUN_PAGES = 512
-"""Most pages that are dropped by one system call."""
+RUN_BYTES = 2 << 20
+"""Most that is dropped by one system call."""
 
 
 class Reclaim:
     """Keeps the pages that are present within `limit` pages, as far as they can be dropped. None: no limit."""
 
-    def __init__(self, manager: MemoryManager, limit: int | None) -> None:
-        self._manager = manager
+    def __init__(self, objects: Callable[[], list[MemoryObject]], statistics: Statistics, limit: int | None) -> None:
+        self._objects = objects
+        self._statistics = statistics
         self.limit = limit
         self.present = 0
         """Pages that are present, of all objects."""
@@ -60,46 +57,27 @@ class Reclaim:
     def room(self, count: int) -> bool:
         """Make room for `count` pages without waiting, if that is possible; whether there is room."""
         while self.limit is not None and self.present + count > self.limit:
-            victim = self._oldest_run(self.present + count - self.limit)
+            victim = self.oldest_run(self.present + count - self.limit)
             if victim is None or victim[0].tracks_dirt:
                 return False
-            self._drop(*victim)
+            self.drop(*victim)
         return True
 
-    async def make_room(self, count: int) -> None:
-        """As `room`, writing dirty pages back if it must. Gives up, over the limit, if nothing can be dropped."""
-        written_back = False
-        while not self.room(count):
-            assert self.limit is not None
-            victim = self._oldest_run(self.present + count - self.limit)
-            if victim is not None:
-                object_, first, length = victim
-                # Nobody holds the lock (else it were no victim), so this does not wait.
-                async with object_.locks.hold(first, length):
-                    self._drop(object_, first, length)
-                    await watch(object_, first, length)
-            elif not written_back:
-                written_back = True
-                for object_ in self._manager.objects():
-                    if object_.tracks_dirt:
-                        await write_back_some(self._manager, object_, count + self.limit // 8)
-            else:
-                return
-
-    def _drop(self, object_: MemoryObject, first: int, count: int) -> None:
+    def drop(self, object_: MemoryObject, first: int, count: int) -> None:
+        """Drop clean pages that nobody has locked."""
         object_.store.drop(first, count)
         object_.pages.left(first, count)
         self.left(count)
-        self._manager.statistics.pages_dropped += count
+        self._statistics.pages_dropped += count
 
-    def _oldest_run(self, wanted: int) -> tuple[MemoryObject, int, int] | None:
+    def oldest_run(self, wanted: int) -> tuple[MemoryObject, int, int] | None:
         """Up to `wanted` neighbouring pages of the oldest generation that can be dropped now: object, first, count."""
-        files = [one for one in self._manager.objects() if one.backing is not None]
+        files = [one for one in self._objects() if one.backing is not None]
         while True:
             for object_ in files:
                 first = self._first_clean(object_)
                 if first is not None:
-                    return object_, first, self._run_length(object_, first, min(wanted, RUN_PAGES))
+                    return object_, first, self._run_length(object_, first, min(wanted, object_.pages_in(RUN_BYTES)))
             if self._oldest == self._generation:
                 return None
             self._oldest = self._oldest % GENERATIONS + 1

@@ -123,9 +123,14 @@ class Event:
     detail: str = ""
 
 
+def printable(text: str) -> str:
+    """`text` without what would act on a terminal: names are given by programs and files."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
 def kernel_line(where: str, failure: Failure) -> str:
     """The kernel's log line for `failure`, with the event id that links it to the event log."""
     return (
-        f"Memory failure: {where}: recovery action for {failure.state}: {failure.outcome}"
+        f"Memory failure: {printable(where)}: recovery action for {failure.state}: {failure.outcome}"
         f"{f' ({failure.reason})' if failure.reason else ''} [{failure.event_id}]"
     )

@@ -5,20 +5,17 @@ Everything here works on pages that the caller has locked, or locks them itself 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from hwpoison.core.books import Books
 from hwpoison.core.machine import Content, Frame, NotIsolatedError
 from hwpoison.core.objects import Loss, MemoryObject
 from hwpoison.core.pages import DIRTY, LOST, POISONED, PRESENT
 from hwpoison.core.policy import tell_owners
 from hwpoison.core.records import Outcome, State
+from hwpoison.core.writeback import write_back_some
 from hwpoison.errors import PoisonError
 
-if TYPE_CHECKING:
-    from hwpoison.core.manager import MemoryManager
-
-PUBLISH_AT_ONCE = 16
-"""Up to so many pages are published on the event loop; more would hold up other clients' faults."""
+PUBLISH_AT_ONCE_BYTES = 64 << 10
+"""Up to so much is published on the event loop; more would hold up other clients' faults."""
 LARGE_FOLIO_BYTES = 2 << 20
 """The unit that the kernel may have put a page into."""
 
@@ -27,22 +24,42 @@ class UnreadableError(Exception):
     """The file can't give the content that belongs here; the message says why."""
 
 
-async def read_in(manager: MemoryManager, object_: MemoryObject, first: int, count: int) -> None:
+async def read_in(books: Books, object_: MemoryObject, first: int, count: int) -> None:
     """Make absent, locked pages present with what belongs there. Raises `UnreadableError`."""
-    await manager.reclaim.make_room(count)
+    await make_room(books, count)
     if object_.backing is None:
-        content: Content = manager.zeros(count)
+        content: Content = books.zeros(count)
     else:
         content = await _read_version(object_, first, count)
-        manager.statistics.pages_read += count
-    await _publish(manager, object_, first, count, content)
+        books.statistics.pages_read += count
+    await _publish(books, object_, first, count, content)
 
 
-async def _publish(
-    manager: MemoryManager, object_: MemoryObject, first: int, count: int, content: Content, flags: int = 0
-) -> None:
+async def make_room(books: Books, count: int) -> None:
+    """Make room for `count` pages, writing dirty pages back if need be. Gives up, over the limit, where nothing helps."""
+    reclaim = books.reclaim
+    written_back = False
+    while not reclaim.room(count):
+        assert reclaim.limit is not None
+        victim = reclaim.oldest_run(reclaim.present + count - reclaim.limit)
+        if victim is not None:
+            object_, first, length = victim
+            # Nobody holds the lock (else it were no victim), so this does not wait.
+            async with object_.locks.hold(first, length):
+                reclaim.drop(object_, first, length)
+                await object_.watch(first, length)
+        elif not written_back:
+            written_back = True
+            for object_ in books.objects():
+                if object_.tracks_dirt:
+                    await write_back_some(books, object_, count + reclaim.limit // 8)
+        else:
+            return
+
+
+async def _publish(books: Books, object_: MemoryObject, first: int, count: int, content: Content, flags: int = 0) -> None:
     try:
-        if count <= PUBLISH_AT_ONCE:
+        if count <= object_.pages_in(PUBLISH_AT_ONCE_BYTES):
             object_.store.publish(first, content)
         else:
             await object_.store.fill(first, content)
@@ -50,9 +67,9 @@ async def _publish(
         # No memory, for instance. What did come may be in use already, so it stays, and is known to be there.
         for page in range(first, first + count):
             if object_.store.present(page):
-                object_.pages.arrived(page, 1, manager.reclaim.arrived(object_, 1), flags)
+                object_.pages.arrived(page, 1, books.reclaim.arrived(object_, 1), flags)
         raise
-    object_.pages.arrived(first, count, manager.reclaim.arrived(object_, count), flags)
+    object_.pages.arrived(first, count, books.reclaim.arrived(object_, count), flags)
 
 
 async def _read_version(object_: MemoryObject, first: int, count: int) -> Content:
@@ -89,12 +106,12 @@ def _whole_pages(content: Content, nbytes: int) -> Content:
 
 
 async def declare_unreadable(
-    manager: MemoryManager, object_: MemoryObject, page: int, error: UnreadableError, event_id: str | None = None
+    books: Books, object_: MemoryObject, page: int, error: UnreadableError, event_id: str | None = None
 ) -> tuple[int, ...]:
     """A locked, absent page can't be had back: it is lost. The pids of its owners."""
-    loss = Loss(event_id or manager.new_event_id(), State.CLEAN_FILE, Outcome.RECOVERED, str(error))
-    manager.record("error", object_, page, event_id=loss.event_id, detail=loss.reason)
-    return lose(manager, object_, page, loss)
+    loss = Loss(event_id or books.new_event_id(), State.CLEAN_FILE, Outcome.RECOVERED, str(error))
+    books.record("error", object_, page, event_id=loss.event_id, detail=loss.reason)
+    return lose(books, object_, page, loss)
 
 
 def isolate(object_: MemoryObject, page: int, number: int | None = None) -> Frame | None:
@@ -113,7 +130,7 @@ def isolate(object_: MemoryObject, page: int, number: int | None = None) -> Fram
     return frame
 
 
-def lose_block(manager: MemoryManager, object_: MemoryObject, page: int, loss: Loss) -> tuple[int, ...]:
+def lose_block(books: Books, object_: MemoryObject, page: int, loss: Loss) -> tuple[int, ...]:
     """The large frame that holds `page` can't be split: all its present pages are dropped and lost."""
     block = LARGE_FOLIO_BYTES // object_.page_size
     first = page // block * block
@@ -123,22 +140,22 @@ def lose_block(manager: MemoryManager, object_: MemoryObject, page: int, loss: L
     victims: set[int] = set()
     for start, length in present:
         object_.pages.left(start, length)
-        manager.reclaim.left(length)
+        books.reclaim.left(length)
         for one in range(start, start + length):
-            victims.update(lose(manager, object_, one, loss))
+            victims.update(lose(books, object_, one, loss))
     return tuple(sorted(victims))
 
 
-def lose(manager: MemoryManager, object_: MemoryObject, page: int, loss: Loss) -> tuple[int, ...]:
+def lose(books: Books, object_: MemoryObject, page: int, loss: Loss) -> tuple[int, ...]:
     """An absent page is lost from now on: its owners are told. Their pids."""
     assert not object_.pages.flags[page] & PRESENT
     object_.pages.set(LOST, page)
     object_.pages.set(POISONED, page)
     object_.losses[page] = loss
-    return tell_owners(manager, object_, page, loss)
+    return tell_owners(books, object_, page, loss)
 
 
-async def repair(manager: MemoryManager, object_: MemoryObject, offset: int, data: Content) -> int:
+async def repair(books: Books, object_: MemoryObject, offset: int, data: Content) -> int:
     """Give the lost pages among those that `data` covers their right content, in one step each; the bytes repaired.
 
     `data` begins at a page and ends at one, or at the object's end: half a page cannot be had back. Locks the pages.
@@ -155,19 +172,19 @@ async def repair(manager: MemoryManager, object_: MemoryObject, offset: int, dat
     for page in _lost_pages(object_, first, count):
         start = (page - first) * object_.page_size
         content = _whole_pages(data[start : start + object_.page_size], object_.page_size)
-        repaired += await _revive(manager, object_, page, content, "repair")
+        repaired += await _revive(books, object_, page, content, "repair")
     return repaired
 
 
-async def discard(manager: MemoryManager, object_: MemoryObject, first: int, count: int) -> int:
+async def discard(books: Books, object_: MemoryObject, first: int, count: int) -> int:
     """Give lost pages fresh content: zeros, or what the file holds now. Returns the bytes discarded. Locks the pages."""
     discarded = 0
     for page in _lost_pages(object_, first, count):
-        discarded += await _revive(manager, object_, page, None, "discard")
+        discarded += await _revive(books, object_, page, None, "discard")
     return discarded
 
 
-async def write(manager: MemoryManager, object_: MemoryObject, offset: int, data: Content) -> None:
+async def write(books: Books, object_: MemoryObject, offset: int, data: Content) -> None:
     """Store bytes for a client that must not meet a signal. Lost pages that `data` covers whole are repaired.
 
     Raises `PoisonError`, with nothing written, if a lost page is covered in part, PermissionError, ValueError. Locks the
@@ -186,15 +203,15 @@ async def write(manager: MemoryManager, object_: MemoryObject, offset: int, data
         for page, (_, _, whole) in enumerate(parts, first):
             if not whole and not flags[page] & (PRESENT | LOST):
                 try:
-                    await read_in(manager, object_, page, 1)
+                    await read_in(books, object_, page, 1)
                 except UnreadableError as error:
-                    await declare_unreadable(manager, object_, page, error)
+                    await declare_unreadable(books, object_, page, error)
         refused = [page for page, (_, _, whole) in enumerate(parts, first) if flags[page] & LOST and not whole]
         if refused:
             raise PoisonError(object_.range_of(page) for page in refused)
         for page, (start, part, whole) in enumerate(parts, first):
             if flags[page] & LOST:
-                await _revive_locked(manager, object_, page, _whole_pages(part, object_.page_size), "repair")
+                await _revive_locked(books, object_, page, _whole_pages(part, object_.page_size), "repair")
             elif flags[page] & PRESENT:
                 # No client's store is seen as a fault here, so the dirt is noted by hand, and first.
                 if object_.tracks_dirt:
@@ -202,9 +219,9 @@ async def write(manager: MemoryManager, object_: MemoryObject, offset: int, data
                 object_.store.write(start, part)
             else:
                 assert whole
-                await manager.reclaim.make_room(1)
+                await make_room(books, 1)
                 dirty = DIRTY if object_.tracks_dirt else 0
-                await _publish(manager, object_, page, 1, _whole_pages(part, object_.page_size), dirty)
+                await _publish(books, object_, page, 1, _whole_pages(part, object_.page_size), dirty)
 
 
 def _part(object_: MemoryObject, offset: int, data: Content, page: int) -> tuple[int, Content, bool]:
@@ -219,53 +236,41 @@ def _lost_pages(object_: MemoryObject, first: int, count: int) -> list[int]:
     return [page for run in object_.pages.runs(LOST, first, count) for page in range(run[0], run[0] + run[1])]
 
 
-async def _revive(manager: MemoryManager, object_: MemoryObject, page: int, content: Content | None, kind: str) -> int:
+async def _revive(books: Books, object_: MemoryObject, page: int, content: Content | None, kind: str) -> int:
     async with object_.locks.hold(page):
         if not object_.pages.flags[page] & LOST or object_.closed:
             return 0
-        return await _revive_locked(manager, object_, page, content, kind)
+        return await _revive_locked(books, object_, page, content, kind)
 
 
-async def _revive_locked(
-    manager: MemoryManager, object_: MemoryObject, page: int, content: Content | None, kind: str
-) -> int:
+async def _revive_locked(books: Books, object_: MemoryObject, page: int, content: Content | None, kind: str) -> int:
     """A lost, locked page becomes a page with `content` (None: fresh). Nobody sees anything else in between."""
     nbytes = object_.nbytes_of(page, 1)
     dirty = DIRTY if object_.tracks_dirt and content is not None else 0
     # A write that hung may still be on its way: what the file holds is not known before it has ended.
     await object_.written_back(page)
     if content is None:
-        content = await _fresh(manager, object_, page, nbytes)
-    await manager.reclaim.make_room(1)
-    await watch(object_, page, 1)
-    loss = object_.losses.pop(page)
+        content = await _fresh(books, object_, page, nbytes)
+    await make_room(books, 1)
+    await object_.watch(page, 1)
     object_.store.publish(page, content)
+    loss = object_.losses.pop(page)
     object_.pages.clear(LOST | POISONED, page)
-    object_.pages.arrived(page, 1, manager.reclaim.arrived(object_, 1), dirty)
+    object_.pages.arrived(page, 1, books.reclaim.arrived(object_, 1), dirty)
     for mapping in object_.mappings.covering(page):
         mapping.client.forget_told(mapping.address_of(page))
         if page in mapping.markers:
             await mapping.client.space.unpoison(mapping.address_of(page), protect=object_.tracks_dirt)
             mapping.markers.discard(page)
-    manager.record(kind, object_, page, event_id=loss.event_id)
+    books.record(kind, object_, page, event_id=loss.event_id)
     return nbytes
 
 
-async def _fresh(manager: MemoryManager, object_: MemoryObject, page: int, nbytes: int) -> Content:
+async def _fresh(books: Books, object_: MemoryObject, page: int, nbytes: int) -> Content:
     """Zeros, or what the file holds now, in whatever version. Raises OSError if the file can't be read."""
     if object_.backing is None:
-        return manager.zeros(1)
+        return books.zeros(1)
     content = await object_.backing.file.read(object_.backing.offset + page * object_.page_size, nbytes)
     if len(content) < nbytes:
         raise OSError(f"the file of {object_.name!r} has shrunk and holds nothing here: repair() the bytes, or close it")
     return _whole_pages(content, object_.page_size)
-
-
-async def watch(object_: MemoryObject, first: int, count: int) -> None:
-    """Absent pages of a writable file are watched for first writes again: taking a page away can lose the marker."""
-    if not object_.tracks_dirt:
-        return
-    for mapping in object_.mappings.covering(first, count):
-        if mapping.hits is None:
-            begin, end = max(first, mapping.first), min(first + count, mapping.first + mapping.count)
-            await mapping.client.space.protect(mapping.address_of(begin), (end - begin) * object_.page_size)

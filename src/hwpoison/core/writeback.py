@@ -8,40 +8,28 @@ clean before the write has ended, so a failure that strikes it waits for that (`
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
 
+from hwpoison.core.books import WINDOW_BYTES, Books
 from hwpoison.core.mappings import Mapping
 from hwpoison.core.objects import MemoryObject
 from hwpoison.core.pages import DIRTY, PRESENT, WRITEBACK
-from hwpoison.core.recovery import watch
-
-if TYPE_CHECKING:
-    from hwpoison.core.manager import MemoryManager
-
-PIECE_PAGES = 512
-"""Most pages that are on their way together."""
 
 
-async def flush(manager: MemoryManager, mapping: Mapping) -> None:
+async def flush(books: Books, mapping: Mapping) -> None:
     """All that was dirty is in the file and on the disk when this returns.
 
     Raises OSError, once for this mapping: EIO if dirty content was lost since it was opened or last told, or what the
     file system says.
     """
     object_ = mapping.object
-    # The client may go meanwhile; its object must not.
-    manager.hold(object_)
-    try:
-        error = await write_back_all(manager, object_)
-    finally:
-        manager.release(object_)
+    error = await write_back_all(books, object_)
     if mapping.error_seen != object_.error_sequence:
         mapping.error_seen = object_.error_sequence
         code = error.errno if error is not None and error.errno else errno.EIO
         raise OSError(code, f"changes to {object_.name!r} were lost or could not be written; see lost()")
 
 
-async def write_back_all(manager: MemoryManager, object_: MemoryObject) -> OSError | None:
+async def write_back_all(books: Books, object_: MemoryObject) -> OSError | None:
     """Write every page back that is dirty now, to the disk. The first error; its pages stay dirty."""
     backing = object_.backing
     if backing is None or not backing.writable:
@@ -50,7 +38,7 @@ async def write_back_all(manager: MemoryManager, object_: MemoryObject) -> OSErr
     written: list[tuple[int, int]] = []
     # What another flush has on its way is waited for too, and written again if that fails.
     for first, count in _pieces(object_, DIRTY) + _pieces(object_, WRITEBACK):
-        error, runs = await _write_back_piece(manager, object_, first, count)
+        error, runs = await _write_back_piece(books, object_, first, count)
         failed = failed or error
         written += runs
     try:
@@ -61,11 +49,11 @@ async def write_back_all(manager: MemoryManager, object_: MemoryObject) -> OSErr
         for first, count in written:
             _dirty_again(object_, first, count)
     if failed is not None:
-        _note(manager, object_, failed)
+        _note(books, object_, failed)
     return failed
 
 
-async def write_back_some(manager: MemoryManager, object_: MemoryObject, wanted: int) -> None:
+async def write_back_some(books: Books, object_: MemoryObject, wanted: int) -> None:
     """Write about `wanted` dirty pages back so that they can be dropped; not to the disk yet, and waiting for no lock.
 
     It is called by somebody who holds page locks.
@@ -74,9 +62,9 @@ async def write_back_some(manager: MemoryManager, object_: MemoryObject, wanted:
         busy = any(object_.pages.flags[page] & WRITEBACK for page in range(first, first + count))
         if busy or object_.closed or not object_.locks.free(first, count):
             continue
-        error, _ = await _write_back_piece(manager, object_, first, count)
+        error, _ = await _write_back_piece(books, object_, first, count)
         if error is not None:
-            _note(manager, object_, error)
+            _note(books, object_, error)
             return
         wanted -= count
         if wanted <= 0:
@@ -85,20 +73,21 @@ async def write_back_some(manager: MemoryManager, object_: MemoryObject, wanted:
 
 def _pieces(object_: MemoryObject, flag: int) -> list[tuple[int, int]]:
     """The runs of pages that have the flag, in pieces."""
+    piece = object_.pages_in(WINDOW_BYTES)
     return [
-        (start, min(PIECE_PAGES, first + count - start))
+        (start, min(piece, first + count - start))
         for first, count in object_.pages.runs(flag)
-        for start in range(first, first + count, PIECE_PAGES)
+        for start in range(first, first + count, piece)
     ]
 
 
-def _note(manager: MemoryManager, object_: MemoryObject, error: OSError) -> None:
+def _note(books: Books, object_: MemoryObject, error: OSError) -> None:
     object_.error_sequence += 1
-    manager.record("error", object_, detail=f"write-back failed: {error.strerror}")
+    books.record("error", object_, detail=f"write-back failed: {error.strerror}")
 
 
 async def _write_back_piece(
-    manager: MemoryManager, object_: MemoryObject, first: int, count: int
+    books: Books, object_: MemoryObject, first: int, count: int
 ) -> tuple[OSError | None, list[tuple[int, int]]]:
     """Write what is dirty of the pages. An error and the runs that were written, or were to be."""
     async with object_.locks.hold(first, count):
@@ -107,7 +96,7 @@ async def _write_back_piece(
         for page in range(first, first + count):
             # Two flushes of one object: the second waits for the first one's write, or it would overtake it.
             await object_.written_back(page)
-        await watch(object_, first, count)
+        await object_.watch(first, count)
         runs = list(object_.pages.runs(DIRTY, first, count))
         copies = [object_.store.content(start, length) for start, length in runs]
         for start, length in runs:
@@ -117,7 +106,7 @@ async def _write_back_piece(
     failed: OSError | None = None
     try:
         for (start, length), copy in zip(runs, copies, strict=True):
-            error = await _write(manager, object_, start, length, copy)
+            error = await _write(books, object_, start, length, copy)
             if error is not None:
                 failed = failed or error
                 _dirty_again(object_, start, length)
@@ -129,20 +118,20 @@ async def _write_back_piece(
     return failed, runs
 
 
-async def _write(manager: MemoryManager, object_: MemoryObject, first: int, count: int, copy: bytes) -> OSError | None:
+async def _write(books: Books, object_: MemoryObject, first: int, count: int, copy: bytes) -> OSError | None:
     """Write one run. The file's identity before it must be ours, and is ours again after it."""
     backing = object_.backing
     assert backing is not None
     if not backing.writing and backing.identity is not None and backing.file.identity() != backing.identity:
         backing.identity = None
-        manager.record("error", object_, detail="the file was changed by somebody else")
+        books.record("error", object_, detail="the file was changed by somebody else")
     backing.writing += 1
     try:
         await backing.file.write(backing.offset + first * object_.page_size, copy[: object_.nbytes_of(first, count)])
     except OSError as error:
         return error
     else:
-        manager.statistics.pages_written += count
+        books.statistics.pages_written += count
         return None
     finally:
         backing.writing -= 1

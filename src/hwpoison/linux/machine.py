@@ -87,7 +87,7 @@ class LinuxMachine:
     def reserved(self, *, pid: int | None = None, number: int | None = None) -> bool:
         if pid is not None:
             return pid == os.getpid()
-        return number is not None and self.knows_frames and frames.mapped_by("self", number)
+        return number is not None and number > 0 and self.knows_frames and frames.mapped_by("self", number)
 
     async def offline(self, number: int) -> None:
         await asyncio.get_running_loop().run_in_executor(self._file_workers, frames.hard_offline, number)

@@ -11,6 +11,7 @@ import fcntl
 import mmap
 import os
 import signal
+import struct
 from collections.abc import Callable
 from concurrent.futures import Executor
 from contextlib import suppress
@@ -72,6 +73,14 @@ class LinuxSpace:
             # Any error means that nobody sleeps there: the process or the mapping is gone.
             userfaultfd.wake(self.fd, address, nbytes)
 
+    def reaches(self, address: int, nbytes: int) -> bool:
+        """True if the range can be one of this process: the kernel is asked, by a WAKE."""
+        try:
+            userfaultfd.wake(self.fd, address, nbytes)
+        except (OSError, struct.error):
+            return False
+        return True
+
     async def protect(self, address: int, nbytes: int) -> None:
         await self._in_worker(partial(userfaultfd.protect, on=True), address, nbytes)
 
@@ -121,6 +130,9 @@ class LinuxSpace:
         return Telling.HANDLED if masks.get("SigCgt") else Telling.FATAL
 
     def signal(self, thread: int, address: int) -> None:
+        # Without the pidfd, the number may be another process's by now.
+        if self.pidfd < 0:
+            return
         with suppress(ProcessLookupError):
             syscalls.queue_signal(self.pid, thread, signal.SIGBUS, address)
 

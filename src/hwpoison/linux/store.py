@@ -63,10 +63,15 @@ class LinuxStore:
         self._filling = 0
         self._regions: set[int] = set()
         self._transit = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self.fd = os.memfd_create(f"hwpoison:{name}"[:200], os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, self._nbytes)
         self._address = 0
-        self._map()
+        self.fd = -1
+        try:
+            self.fd = os.memfd_create("hwpoison:" + name.encode()[:200].decode(errors="ignore"), os.MFD_CLOEXEC)
+            os.ftruncate(self.fd, self._nbytes)
+            self._map()
+        except (OSError, OverflowError) as error:
+            self.close()
+            raise MemoryError(f"the system gives no object of {nbytes} bytes: {error}") from error
 
     def _map(self) -> None:
         """Map and register, in place of what was mapped before: which gives its page tables back."""
@@ -128,7 +133,7 @@ class LinuxStore:
 
     def find(self, number: int, is_present: Callable[[int], bool]) -> int | None:
         """The page whose frame has this PFN. Slow: it looks at every page; for a worker."""
-        if self._pagemap is None:
+        if self._pagemap is None or not number:
             return None
         for first in range(0, self._pages, REGION_PAGES):
             count = min(REGION_PAGES, self._pages - first)
@@ -140,20 +145,17 @@ class LinuxStore:
     # --- bringing in
 
     def publish(self, first: int, content: Content) -> None:
-        userfaultfd.copy(self._own, self._address_of(first), syscalls.address_of(content), len(content))
+        self._copy(first, content)
         self._mapped(first, len(content) // PAGE_SIZE)
+
+    def _copy(self, first: int, content: Content) -> None:
+        userfaultfd.copy(self._own, self._address_of(first), syscalls.address_of(content), len(content))
 
     async def fill(self, first: int, content: Content) -> None:
         self._filling += 1
         try:
-            await asyncio.get_running_loop().run_in_executor(
-                self._workers,
-                userfaultfd.copy,
-                self._own,
-                self._address_of(first),
-                syscalls.address_of(content),
-                len(content),
-            )
+            # The worker has the content itself, not its address alone: it stays, even if nobody waits for it any more.
+            await asyncio.get_running_loop().run_in_executor(self._workers, self._copy, first, content)
         finally:
             self._filling -= 1
         self._mapped(first, len(content) // PAGE_SIZE)
@@ -178,9 +180,11 @@ class LinuxStore:
         return os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
 
     def close(self) -> None:
-        syscalls.unmap_memory(self._address, self._nbytes)
+        if self._address:
+            syscalls.unmap_memory(self._address, self._nbytes)
         for fd in (self.fd, *self._transit):
-            os.close(fd)
+            if fd >= 0:
+                os.close(fd)
 
 
 def _no_huge_pages(address: int, nbytes: int) -> None:

@@ -20,6 +20,7 @@ _NUMBERS = {
     "x86_64": (323, 297),
     "aarch64": (282, 240),
 }
+ARCHITECTURES = tuple(_NUMBERS)
 _USERFAULTFD, _RT_TGSIGQUEUEINFO = _NUMBERS.get(platform.machine(), (-1, -1))
 
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import os
 import struct
+from contextlib import suppress
 from enum import IntFlag
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from hwpoison.linux import syscalls
 
 API = 0xAA
 USER_MODE_ONLY = 1
+OPEN_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
 DEVICE = "/dev/userfaultfd"
 
 
@@ -64,6 +66,9 @@ EVENT_PAGEFAULT = 0x12
 FAULT_WRITE = 1
 FAULT_PROTECTED = 2
 
+_HANDSHAKE_DONE = 1 << 31
+"""The kernel's own bit among the features that it shows."""
+
 
 class Opened(NamedTuple):
     """A userfaultfd after its handshake. `user_mode`: faults inside system calls are not seen, they get EFAULT."""
@@ -81,7 +86,7 @@ def open_userfaultfd(wanted: Feature = NEEDED | Feature.POISON) -> Opened:
     """
     fd, user_mode = _open()
     try:
-        features = _features_of_kernel() & wanted
+        features = features_of_kernel() & wanted
         fcntl.ioctl(fd, _IOC_API, struct.pack("QQQ", API, features, 0))
     except OSError:
         os.close(fd)
@@ -97,28 +102,27 @@ def open_userfaultfd(wanted: Feature = NEEDED | Feature.POISON) -> Opened:
 
 
 def _open() -> tuple[int, bool]:
-    flags = os.O_CLOEXEC | os.O_NONBLOCK
+    with suppress(OSError):
+        return open_by_device(), False
     try:
-        device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        pass
-    else:
-        try:
-            return fcntl.ioctl(device, _IOC_NEW, flags), False
-        except OSError:
-            pass
-        finally:
-            os.close(device)
-    try:
-        return syscalls.userfaultfd(flags), False
+        return syscalls.userfaultfd(OPEN_FLAGS), False
     except PermissionError:
         pass
     except OSError as error:
         raise _unsupported(error) from error
     try:
-        return syscalls.userfaultfd(flags | USER_MODE_ONLY), True
+        return syscalls.userfaultfd(OPEN_FLAGS | USER_MODE_ONLY), True
     except OSError as error:
         raise _unsupported(error) from error
+
+
+def open_by_device() -> int:
+    """A new userfaultfd by the device: whoever may open that gets one with no limits. Raises OSError."""
+    device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        return fcntl.ioctl(device, _IOC_NEW, OPEN_FLAGS)
+    finally:
+        os.close(device)
 
 
 def _unsupported(error: OSError) -> UnsupportedError:
@@ -131,8 +135,8 @@ def _unsupported(error: OSError) -> UnsupportedError:
     return UnsupportedError(error.errno or errno.ENOSYS, f"{text}; see `hwpoison doctor`")
 
 
-def _features_of_kernel() -> Feature:
-    """Asked of a userfaultfd of its own, because a handshake can't be repeated."""
+def features_of_kernel() -> Feature:
+    """All that this kernel's userfaultfd can do. Asked of one of its own, because a handshake can't be repeated."""
     fd, _ = _open()
     try:
         return Feature(struct.unpack("QQQ", fcntl.ioctl(fd, _IOC_API, struct.pack("QQQ", API, 0, 0)))[1])
@@ -140,12 +144,16 @@ def _features_of_kernel() -> Feature:
         os.close(fd)
 
 
-def is_userfaultfd(fd: int) -> bool:
-    """True if the descriptor is a userfaultfd."""
+def features_of(fd: int) -> Feature:
+    """What was agreed in a userfaultfd's handshake; nothing for one that had none, and for any other descriptor."""
     try:
-        return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[userfaultfd]"
-    except OSError:
-        return False
+        if os.readlink(f"/proc/self/fd/{fd}") != "anon_inode:[userfaultfd]":
+            return NO_FEATURE
+        with open(f"/proc/self/fdinfo/{fd}") as information:
+            agreed = int(information.read().partition("API:")[2].split(":")[1], 16)
+    except (OSError, LookupError, ValueError):
+        return NO_FEATURE
+    return Feature(agreed & ~_HANDSHAKE_DONE)
 
 
 def register(fd: int, address: int, nbytes: int, mode: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import fcntl
 import logging
 import os
 import resource
@@ -15,7 +16,8 @@ import signal
 import socket
 import stat
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from hwpoison import events, protocol
 from hwpoison.linux import syscalls
@@ -44,18 +46,33 @@ def serve(socket_path: str, *, memory_limit: int | None = None, offline_foreign:
 def _listen(address: str) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        if not address.startswith("@") and os.path.exists(address):
-            _remove_stale(address)
-        old_mask = os.umask(0o177)
-        try:
-            listener.bind(protocol.address_of(address))
-        finally:
-            os.umask(old_mask)
-        listener.listen(128)
+        with _alone_at(address):
+            if not address.startswith("@") and os.path.exists(address):
+                _remove_stale(address)
+            old_mask = os.umask(0o177)
+            try:
+                listener.bind(protocol.address_of(address))
+            finally:
+                os.umask(old_mask)
+            listener.listen(128)
     except BaseException:
         listener.close()
         raise
     return listener
+
+
+@contextmanager
+def _alone_at(address: str) -> Iterator[None]:
+    """Of several managers that start at one path, one at a time looks and binds: the next one finds that it serves."""
+    folder = -1
+    if not address.startswith("@"):
+        folder = os.open(os.path.dirname(os.path.abspath(address)), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(folder, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if folder >= 0:
+            os.close(folder)
 
 
 def _remove_stale(path: str) -> None:

@@ -15,7 +15,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from hwpoison import protocol
-from hwpoison.core import recovery, writeback
+from hwpoison.core import recovery
 from hwpoison.core.mappings import Client, Mapping
 from hwpoison.core.objects import MemoryObject
 from hwpoison.core.pages import DIRTY
@@ -201,12 +201,8 @@ class Session:
                 if self._notices is not None:
                     self._notices.close()
                 self._notices = NoticeChannel(_taken_socket(fds))
-            case protocol.Allocate():
-                return self._found(self.server.manager.allocate(request.nbytes, request.name))
-            case protocol.Open():
-                return self._found(self._open(request, fds))
-            case protocol.Attach():
-                return self._found(self.server.manager.find(request.name))
+            case protocol.Allocate() | protocol.Open() | protocol.Attach():
+                return self._found(await self._object(request, fds))
             case protocol.Map():
                 return self._map(request), []
             case protocol.Unmap():
@@ -251,7 +247,7 @@ class Session:
             case protocol.Met():
                 return await self._met(mapping, request)
             case protocol.Flush():
-                await writeback.flush(manager, mapping)
+                await manager.flush(mapping)
         return protocol.Done()
 
     def _hello(self, request: protocol.Hello, fds: list[int]) -> tuple[protocol.Message, list[int]]:
@@ -264,9 +260,12 @@ class Session:
             raise ConnectionError("the second Hello of a client")
         reply_fds = []
         if fds:
-            if not userfaultfd.is_userfaultfd(fds[0]):
+            features = userfaultfd.features_of(fds[0])
+            if not features:
                 raise ValueError("the descriptor of Hello is not a userfaultfd; open one and do its handshake first")
-            self._attach(fds.pop(0))
+            if features & ~(userfaultfd.NEEDED | userfaultfd.Feature.POISON):
+                raise ValueError("the userfaultfd was opened for more than this manager serves; leave other features out")
+            self._attach(fds)
             assert self._board is not None
             reply_fds = [os.dup(self._board.fd)]
         self._greeted = True
@@ -276,9 +275,10 @@ class Session:
             reply_fds,
         )
 
-    def _attach(self, fd: int) -> None:
+    def _attach(self, fds: list[int]) -> None:
         manager = self.server.manager
-        self._space = self.server.machine.space(fd, self.pid, os.pidfd_open(self.pid))
+        pidfd = os.pidfd_open(self.pid)
+        self._space = self.server.machine.space(fds.pop(0), self.pid, pidfd)
         self._board = Board()
         client = self.client = manager.add_client(self._space)
         self.server.sessions_of[client.number] = self
@@ -288,11 +288,29 @@ class Session:
 
         self._space.listen(on_fault, self.end)
 
+    async def _object(self, request: protocol.Allocate | protocol.Open | protocol.Attach, fds: list[int]) -> MemoryObject:
+        manager = self.server.manager
+        if not isinstance(request, protocol.Attach) and request.name is not None:
+            await manager.settled(request.name)
+        if self.client is None:
+            # Before it is made: an object that nobody can map would stay for ever.
+            raise PermissionError("a client that sent no userfaultfd gets no memory: unregistered mappings read zeros")
+        match request:
+            case protocol.Allocate():
+                return manager.allocate(request.nbytes, request.name)
+            case protocol.Open():
+                return self._open(request, fds)
+            case protocol.Attach():
+                return manager.find(request.name)
+
     def _open(self, request: protocol.Open, fds: list[int]) -> MemoryObject:
         if not fds:
             raise ValueError("Open needs the file's descriptor")
         checked_file(fds[0], request.name)
-        access = fcntl.fcntl(fds[0], fcntl.F_GETFL) & os.O_ACCMODE
+        flags = fcntl.fcntl(fds[0], fcntl.F_GETFL)
+        access = flags & os.O_ACCMODE
+        if flags & os.O_APPEND:
+            raise ValueError(f"the descriptor of {request.name!r} is open for appending: every write would go to its end")
         if access == os.O_WRONLY or (request.writable and access != os.O_RDWR):
             raise PermissionError(f"the descriptor of {request.name!r} is not open for what the mode asks")
         file = self.server.machine.file(fds.pop(0))
@@ -304,8 +322,6 @@ class Session:
 
     def _found(self, object_: MemoryObject) -> tuple[protocol.Message, list[int]]:
         """The object, held until the client has mapped it: who gets the memory has given a userfaultfd."""
-        if self.client is None:
-            raise PermissionError("a client that sent no userfaultfd gets no memory: unregistered mappings read zeros")
         self.server.manager.hold(object_)
         self._about_to_map.setdefault(object_.number, []).append(object_)
         store = object_.store
@@ -323,6 +339,9 @@ class Session:
         object_ = held[-1] if held else known
         if object_ is None or self.client is None or self._board is None:
             raise ValueError(f"object {request.object} was not allocated, opened or attached by this client")
+        assert self._space is not None
+        if not self._space.reaches(request.address, object_.pages.count * object_.page_size):
+            raise ValueError(f"{object_.name!r} can't be mapped at {request.address:#x}: no process has such addresses")
         slot = self._board.slot() if request.guarded else None
         try:
             mapping = manager.map(self.client, object_, request.address, slot)
@@ -366,7 +385,11 @@ class Session:
 def _taken_socket(fds: list[int]) -> socket.socket:
     if not fds:
         raise ValueError("the message needs a socket's descriptor")
-    taken = socket.socket(fileno=os.dup(fds[0]))
+    try:
+        taken = socket.socket(fileno=fds[0])
+    except OSError as error:
+        raise ValueError(f"the descriptor is not a socket: {error.strerror}") from None
+    del fds[0]
     if taken.family != socket.AF_UNIX or taken.type != socket.SOCK_SEQPACKET:
         taken.close()
         raise ValueError("the descriptor is not a SOCK_SEQPACKET socket of AF_UNIX")

@@ -1,0 +1,90 @@
+"""`hwpoison doctor`: what this machine can do, and what keeps it from doing more."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import click
+
+from hwpoison.cli.common import FINE, FOUND, coloured, json_option, print_json
+from hwpoison.core.records import printable
+from hwpoison.linux.capabilities import probe, works
+from hwpoison.linux.probing import Capability
+
+MARKS = {"yes": ("✓", "green"), "no": ("✗", "yellow"), "unknown": ("?", "cyan")}
+SURROUNDINGS = "surroundings"
+WIDTH_MAX = 120
+
+
+@click.command
+@json_option
+def doctor(as_json: bool) -> int:
+    """Find out, by trying, what this machine can do: what each thing gives, and how to get what is missing.
+
+    Nothing is changed. The exit status is 1 if hwpoison does not work here.
+
+    \b
+    Example:
+      hwpoison doctor
+    """
+    found = probe()
+    if as_json:
+        print_json({"works": works(found), "verdict": _verdict(found), "capabilities": [asdict(one) for one in found]})
+    else:
+        _print(found)
+    return FINE if works(found) else FOUND
+
+
+def _verdict(found: Sequence[Capability]) -> str:
+    """In one or two sentences: does it work, how well, and if not, why."""
+    if works(found):
+        full = any(one.state == "yes" for one in found if one.name in ("/dev/userfaultfd", "userfaultfd(2)"))
+        return "hwpoison works here" + (
+            "." if full else ", in user mode: a system call that meets an absent page gets EFAULT."
+        )
+    trial, *others = [one for one in found if one.needed]
+    missing = [one.name for one in others if one.state == "no"]
+    why = ", ".join(f"no {name}" for name in missing) or trial.found
+    text = f"hwpoison does not work here: {why}."
+    obstacles = [f"{one.name} ({one.found})" for one in found if one.in_the_way]
+    return text + (f" In the way: {', '.join(obstacles)}." if obstacles else "")
+
+
+def _print(found: Sequence[Capability]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False, no_color=not coloured(), width=None if sys.stdout.isatty() else WIDTH_MAX)
+    console.width = min(console.width, WIDTH_MAX)
+    group = ""
+    for one in found:
+        if one.group != group:
+            group = one.group
+            console.print(Text(group, "bold"))
+        mark, colour = _mark(one)
+        what = Text(f"{printable(one.found)}\n").append(one.gives, "dim")
+        if one.in_the_way:
+            what.append(f"\nin the way: {one.how}")
+        elif one.state == "no" and one.group != SURROUNDINGS:
+            what.append(f"\n{'needed' if one.needed else 'to get it'}: {one.how}")
+        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 0))
+        for width in (2, 31, None):
+            table.add_column(width=width, overflow="fold")
+        table.add_row(Text(f" {mark}", colour), Text(one.name, colour if "red" in colour else ""), what)
+        console.print(table)
+    console.print()
+    console.print(Text(_verdict(found), "bold green" if works(found) else "bold red"))
+
+
+def _mark(one: Capability) -> tuple[str, str]:
+    """What stands before a capability, and its colour."""
+    if one.in_the_way:
+        return "!", "bold red"
+    if one.group == SURROUNDINGS:
+        return "·", ""
+    if one.needed and one.state != "yes":
+        return MARKS[one.state][0], "bold red"
+    return MARKS[one.state]

@@ -1,0 +1,122 @@
+"""The manager's books: what there is, what has happened, and how to say so. Everything that handles anything has them.
+
+They decide nothing. What can be done with them is in the files beside; `core.manager` puts all together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterator
+from typing import Any
+
+from hwpoison.core.accounting import Observer, Statistics
+from hwpoison.core.machine import Machine
+from hwpoison.core.mappings import Client
+from hwpoison.core.objects import MemoryObject
+from hwpoison.core.reclaim import Reclaim
+from hwpoison.core.records import Event
+
+WINDOW_BYTES = 2 << 20
+"""Most that is brought in, or written back, at a time."""
+
+
+class Books:
+    """All objects and clients of one manager process. `instance` makes its event ids different from any other's."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        observer: Observer,
+        *,
+        instance: str,
+        memory_limit: int | None = None,
+        offline_foreign: bool = False,
+    ) -> None:
+        self.machine = machine
+        self.observer = observer
+        self.offline_foreign = offline_foreign
+        self.statistics = Statistics()
+        self._zeros = memoryview(bytes(max(WINDOW_BYTES, machine.page_size)))
+        self.memory_limit = memory_limit
+        limit = None if memory_limit is None else max(1, memory_limit // machine.page_size)
+        self.reclaim = Reclaim(self.objects, self.statistics, limit)
+        self._instance = instance
+        self._events = 0
+        self._numbers = 0
+        self._objects: dict[str, MemoryObject] = {}
+        self._clients: dict[int, Client] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # --- what there is
+
+    def objects(self) -> list[MemoryObject]:
+        return list(self._objects.values())
+
+    def find(self, name: str) -> MemoryObject:
+        """Raises FileNotFoundError."""
+        try:
+            return self._objects[name]
+        except KeyError:
+            raise FileNotFoundError(f"there is no object {name!r}; objects() lists those that are") from None
+
+    def clients(self) -> list[Client]:
+        return list(self._clients.values())
+
+    def clients_of(self, pid: int) -> Iterator[Client]:
+        return (client for client in self.clients() if client.pid == pid)
+
+    async def find_frame(self, number: int) -> tuple[MemoryObject, int] | None:
+        """The page whose frame has this PFN."""
+        objects = self.objects()
+        found = await self.machine.find_frame(number, [(one.store, one.is_present) for one in objects])
+        return None if found is None else (objects[found[0]], found[1])
+
+    def zeros(self, count: int) -> memoryview:
+        """The content of `count` fresh anonymous pages."""
+        return self._zeros[: count * self.machine.page_size]
+
+    # --- what happens
+
+    def new_event_id(self) -> str:
+        self._events += 1
+        return f"{self._instance}-{self._events}"
+
+    def record(
+        self,
+        kind: str,
+        object_: MemoryObject | None = None,
+        page: int | None = None,
+        *,
+        event_id: str = "",
+        state: str = "",
+        outcome: str = "",
+        pid: int = 0,
+        detail: str = "",
+    ) -> None:
+        """Something happened, to `page` of `object_` if they are given: one line of the event log."""
+        place = object_.range_of(page) if object_ is not None and page is not None else None
+        self.observer.event(
+            Event(
+                kind=kind,
+                event_id=event_id,
+                name=object_.name if object_ is not None else "",
+                offset=place.offset if place else -1,
+                nbytes=place.nbytes if place else 0,
+                state=state,
+                outcome=outcome,
+                pid=pid,
+                detail=detail,
+            )
+        )
+
+    def start(self, story: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Run `story` beside everything else. Its errors are defects."""
+        task = asyncio.get_running_loop().create_task(story, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.observer.defect(task.get_name(), error)
