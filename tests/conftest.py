@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
+
+# The same examples in every run, however slow the machine is: a test that fails, fails for everybody.
+hypothesis.settings.register_profile("hwpoison", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("hwpoison")
 
 
 @pytest.fixture(autouse=True, scope="session")

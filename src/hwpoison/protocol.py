@@ -12,6 +12,7 @@ import builtins
 import errno
 import os
 import socket
+import threading
 from collections.abc import Sequence
 
 import msgspec
@@ -340,27 +341,42 @@ def decode_reply(data: bytes) -> Reply:
 def send(channel: socket.socket, message: Message, fds: Sequence[int] = ()) -> None:
     """Send one message. Raises BlockingIOError, or OSError if the other end is gone."""
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-    channel.sendmsg([encode(message)], ancillary, socket.MSG_NOSIGNAL)
+    try:
+        packet = encode(message)
+    except OverflowError:
+        raise ValueError("a number of more than 64 bits: sizes, offsets, addresses and frames have at most 64") from None
+    channel.sendmsg([packet], ancillary, socket.MSG_NOSIGNAL)
+
+
+class _Buffers(threading.local):
+    """One for each thread: to allocate one for each message takes longer than all else that a small one needs."""
+
+    def __init__(self) -> None:
+        self.bytes = bytearray(MESSAGE_LIMIT)
+
+
+_buffers = _Buffers()
 
 
 def receive(channel: socket.socket) -> tuple[bytes, list[int]]:
     """One packet and its descriptors (close-on-exec). b"" if the other end is gone or has sent an empty packet, which is no
     message. Raises `MalformedError` if too long."""
-    data, ancillary, flags, _ = channel.recvmsg(
-        MESSAGE_LIMIT, socket.CMSG_SPACE(DESCRIPTOR_LIMIT * 4), socket.MSG_CMSG_CLOEXEC
+    buffer = _buffers.bytes
+    nbytes, ancillary, flags, _ = channel.recvmsg_into(
+        [buffer], socket.CMSG_SPACE(DESCRIPTOR_LIMIT * 4), socket.MSG_CMSG_CLOEXEC
     )
     fds = array.array("i")
     for level, kind, content in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(content[: len(content) // 4 * 4])
     cut_off = flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC)
-    if cut_off or not data:
+    if cut_off or not nbytes:
         for fd in fds:
             os.close(fd)
         fds = array.array("i")
     if cut_off:
         raise MalformedError(f"a message has at most {MESSAGE_LIMIT} bytes and {DESCRIPTOR_LIMIT} descriptors")
-    return data, list(fds)
+    return bytes(memoryview(buffer)[:nbytes]), list(fds)
 
 
 # --- errors on the wire

@@ -123,7 +123,7 @@ class LocksMachine(RuleBasedStateMachine):
             assert self.locks.free(page) == (not any(one.first <= page < one.end for one in self.order))
 
 
-LocksMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+LocksMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestLocks: Any = LocksMachine.TestCase
 
 

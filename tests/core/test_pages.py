@@ -95,7 +95,7 @@ class PagesMachine(RuleBasedStateMachine):
 
 
 TestPages = PagesMachine.TestCase
-TestPages.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestPages.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 def arrive_twice(pages: Pages) -> None:

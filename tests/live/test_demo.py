@@ -230,7 +230,7 @@ def test_a_manager_that_does_wrong_is_found_out(wrong: str, tmp_path: Path, monk
         "from hwpoison.core import failure\nfrom hwpoison.core.records import Outcome\nfrom hwpoison.service import server\n"
     )
     (tmp_path / "sitecustomize.py").write_text(start + textwrap.indent(imports + textwrap.dedent(defect), "    "))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     done = demo("--json")
     assert done.returncode == 1, done.stdout
     shown = document(done)

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import pickle
 import queue
-import select
 import signal
 import threading
 from collections.abc import Callable
@@ -101,7 +100,7 @@ def test_a_memory_with_views_cannot_be_closed_and_stays_usable(manager: hwpoison
     memory.close()
     assert memory.closed
     for use in (lambda: memory.buffer, lambda: memory.read(0, 1), lambda: memory.write(0, b"x"), memory.lost, memory.flush,
-                lambda: memory.repair(0, bytes(PAGE)), memory.discard, memory.prefetch, lambda: memory.array()):  # fmt: skip
+                lambda: memory.repair(0, bytes(PAGE)), memory.discard, memory.prefetch, memory.array):  # fmt: skip
         with pytest.raises(ValueError, match="closed"):
             use()
 
@@ -203,21 +202,21 @@ manager = hwpoison.connect(arguments[0])
 memory = manager.attach(arguments[1])
 memory.read(0, 1)
 say()
+ended = threading.Event()
+threading.Thread(target=lambda: hear() or ended.set()).start()
 right = refused = 0
-while not (hear() if right % 500 == 499 else False):
+while not ended.is_set():
     try:
         with hwpoison.guard(memory) as safe:
             words = safe.array("u8").copy()
     except hwpoison.PoisonError:
         refused += 1
-        continue
-    finally:
-        safe = None
-    assert words[0] and (words == words[0]).all(), words
-    right += 1
-    if right % 500 == 499:
-        say()
+    else:
+        # A repair in the middle of the copy shows the next version from there on, and nothing else.
+        assert words[0] and (words[1:] >= words[:-1]).all(), words
+        right += 1
 say([right, refused])
+del safe
 manager.close()
 """
 
@@ -228,17 +227,10 @@ def test_nobody_sees_anything_but_the_repaired_content_while_a_page_is_repaired(
     memory.buffer[:] = (1).to_bytes(8, "little") * 512
     with Child(WATCHER, manager.socket, "t") as child:
         child.hear()
-        version = 1
-        seen = 0
-        while seen < 4:
+        for version in range(2, 1000):
             manager.inject(memory, 0)
-            version += 1
             getattr(memory, by)(0, version.to_bytes(8, "little") * 512)
-            if select.select([child.output], [], [], 0)[0]:
-                child.hear()
-                seen += 1
-                child.tell(seen == 4)
-        right, refused = child.hear()
+        right, refused = child.ask()
         assert right > 0
         assert refused > 0
         assert child.wait() == 0
@@ -454,15 +446,16 @@ def test_threads_that_enter_the_first_guard_together_share_one_view(manager: hwp
     start = threading.Barrier(8)
     for number in range(20):
         memory = manager.allocate(PAGE, f"t{number}")
+        addresses: set[int] = set()
 
-        def enter(memory: hwpoison.Memory = memory) -> None:
+        def enter(memory: hwpoison.Memory = memory, addresses: set[int] = addresses) -> None:
             start.wait()
-            with hwpoison.guard(memory):
-                pass
+            with hwpoison.guard(memory) as safe:
+                addresses.add(safe.address)
 
         threads = [threading.Thread(target=enter) for _ in range(8)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    assert {info.mappings for info in manager.objects()} == {2}
+        assert len(addresses) == 1

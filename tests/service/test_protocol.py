@@ -537,11 +537,11 @@ def test_channels_that_are_opened_and_dropped_leave_nothing(served: Served) -> N
 @pytest.fixture
 def served_for_nobody() -> Iterator[str]:
     """The abstract address of a manager that an ordinary user runs."""
-    need(os.geteuid() == 0, "the privilege to run processes of other users", "root")
+    need(os.geteuid() == 0, "the privilege to run processes of other users")
     probe = [sys.executable, "-P", "-c", "import hwpoison.service.daemon"]
     user = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
     readable = subprocess.run(probe, capture_output=True, check=False, cwd="/", **user).returncode == 0  # type: ignore[call-overload]
-    need(readable, f"an interpreter and a checkout that user {NOBODY} can read", "root")
+    need(readable, f"an interpreter and a checkout that user {NOBODY} can read")
     with tempfile.TemporaryDirectory() as folder:
         os.chown(folder, NOBODY, NOBODY)
         address = f"@hwpoison-test-{os.getpid()}"

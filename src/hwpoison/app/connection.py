@@ -65,6 +65,13 @@ class Connection:
         """True if faults inside system calls are not served here, but fail with EFAULT."""
         return self.userfaultfd is not None and self.userfaultfd.user_mode
 
+    def check(self) -> None:
+        """Raises ConnectionError if nothing can be asked here any more."""
+        if self.closed:
+            raise ConnectionError("the manager was closed; open a new one with Manager() or connect()")
+        if os.getpid() != self.owner:
+            raise ConnectionError("this manager was opened by the parent process; connect() to it again after fork()")
+
     def request(self, message: protocol.Message, kind: type[Reply]) -> Reply:
         """Send `message` and return its reply."""
         return self.request_fds(message, kind)[0]
@@ -73,10 +80,7 @@ class Connection:
         self, message: protocol.Message, kind: type[Reply], fds: list[int] | None = None
     ) -> tuple[Reply, list[int]]:
         """As `request`, with descriptors both ways; those that come are the caller's."""
-        if self.closed:
-            raise ConnectionError("the manager was closed; open a new one with Manager() or connect()")
-        if os.getpid() != self.owner:
-            raise ConnectionError("this manager was opened by the parent process; connect() to it again after fork()")
+        self.check()
         channel = self._channel()
         try:
             while self._unmapped:

@@ -68,6 +68,8 @@ class Memory:
     # --- mapping
 
     def _map(self, *, guarded: bool) -> mmap.mmap:
+        # In a forked child the userfaultfd is still the parent's.
+        self._connection.check()
         private = guarded or not self.writable
         flags = mmap.MAP_PRIVATE if private else mmap.MAP_SHARED
         protection = mmap.PROT_READ if private else mmap.PROT_READ | mmap.PROT_WRITE

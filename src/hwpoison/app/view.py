@@ -121,7 +121,8 @@ def array_over(
             raise ValueError(f"{len(buffer) - offset} bytes from offset {offset} are no whole number of {item}; pass shape=")
         shape = ((len(buffer) - offset) // item.itemsize,)
     try:
-        return numpy.ndarray(shape, item, buffer, offset, order=order)
+        # Of a memoryview, numpy would keep only the mapping behind it, which could be closed under the array then.
+        return numpy.ndarray(shape, item, numpy.frombuffer(buffer, "u1"), offset, order=order)
     except TypeError as error:
         raise ValueError(
             f"shape {shape} of {item} at offset {offset} needs more than the {len(buffer)} bytes: {error}"

@@ -38,6 +38,11 @@ class Pages:
 
     def arrived(self, first: int, count: int, generation: int, flags: int = 0) -> None:
         """Absent pages are present now, with `flags` beside; poison that struck meanwhile stays to be handled."""
+        if count == 1 and not self.flags[first]:
+            self.flags[first] = PRESENT | flags
+            self.generation[first] = generation
+            self.present += 1
+            return
         end = first + count
         if self.flags.count(0, first, end) == count:
             self.flags[first:end] = bytes((PRESENT | flags,)) * count

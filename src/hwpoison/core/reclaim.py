@@ -1,13 +1,14 @@
 """A manager that holds less memory than its objects: clean file pages are dropped, the least recently brought in first.
 
 Age is one byte a page: the generation in which it came. A generation ends when a sixty-fourth of the limit has come, so
-"least recently" is right to that grain. The wrap-around of the byte is harmless: more than 64 generations are alive only
-while old pages can't be dropped, and those are moved to the newest generation when they are met.
+"least recently" is right to that grain. When the byte has no value left, what remains of the oldest generation joins the
+next one: their order is lost, which matters little at such an age.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from hwpoison.core.accounting import Statistics
 from hwpoison.core.objects import MemoryObject
@@ -31,6 +32,8 @@ class Reclaim:
         self._generation = 1
         self._oldest = 1
         self._came = 0
+        self._coming = 0
+        """Pages for which there is room, and which are not here yet."""
 
     @property
     def largest_window(self) -> int:
@@ -45,19 +48,41 @@ class Reclaim:
         self._came += count
         if self._came >= max(1, self.limit // 64):
             self._came = 0
-            following = self._generation % GENERATIONS + 1
-            if following != self._oldest:
-                self._generation = following
+            self._generation = self._generation % GENERATIONS + 1
+            if self._generation == self._oldest:
+                self._join_oldest()
         return self._generation
+
+    def _join_oldest(self) -> None:
+        following = self._oldest % GENERATIONS + 1
+        joined = bytes(following if value == self._oldest else value for value in range(256))
+        for object_ in self._objects():
+            generation = object_.pages.generation
+            if self._oldest in generation:
+                generation[:] = generation.translate(joined)
+        self._oldest = following
 
     def left(self, count: int) -> None:
         """`count` pages are gone."""
         self.present -= count
 
+    def over(self, count: int) -> int:
+        """How many pages would have to go so that `count` more can come."""
+        return 0 if self.limit is None else self.present + self._coming + count - self.limit
+
+    @contextmanager
+    def coming(self, count: int) -> Iterator[None]:
+        """From the moment that there is room for `count` pages until they are here, or can't be had: it is theirs."""
+        self._coming += count
+        try:
+            yield
+        finally:
+            self._coming -= count
+
     def room(self, count: int) -> bool:
         """Make room for `count` pages without waiting, if that is possible; whether there is room."""
-        while self.limit is not None and self.present + count > self.limit:
-            victim = self.oldest_run(self.present + count - self.limit)
+        while (over := self.over(count)) > 0:
+            victim = self.oldest_run(over)
             if victim is None or victim[0].tracks_dirt:
                 return False
             self.drop(*victim)

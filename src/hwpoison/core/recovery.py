@@ -27,12 +27,13 @@ class UnreadableError(Exception):
 async def read_in(books: Books, object_: MemoryObject, first: int, count: int) -> None:
     """Make absent, locked pages present with what belongs there. Raises `UnreadableError`."""
     await make_room(books, count)
-    if object_.backing is None:
-        content: Content = books.zeros(count)
-    else:
-        content = await _read_version(object_, first, count)
-        books.statistics.pages_read += count
-    await _publish(books, object_, first, count, content)
+    with books.reclaim.coming(count):
+        if object_.backing is None:
+            content: Content = books.zeros(count)
+        else:
+            content = await _read_version(object_, first, count)
+            books.statistics.pages_read += count
+        await _publish(books, object_, first, count, content)
 
 
 async def make_room(books: Books, count: int) -> None:
@@ -41,7 +42,7 @@ async def make_room(books: Books, count: int) -> None:
     written_back = False
     while not reclaim.room(count):
         assert reclaim.limit is not None
-        victim = reclaim.oldest_run(reclaim.present + count - reclaim.limit)
+        victim = reclaim.oldest_run(reclaim.over(count))
         if victim is not None:
             object_, first, length = victim
             # Nobody holds the lock (else it were no victim), so this does not wait.
@@ -136,6 +137,8 @@ def lose_block(books: Books, object_: MemoryObject, page: int, loss: Loss) -> tu
     first = page // block * block
     count = min(block, object_.pages.count - first)
     present = list(object_.pages.runs(PRESENT, first, count))
+    if any(object_.pages.runs(DIRTY, first, count)):
+        object_.error_sequence += 1
     object_.store.drop(first, count)
     victims: set[int] = set()
     for start, length in present:

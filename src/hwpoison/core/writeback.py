@@ -8,11 +8,14 @@ clean before the write has ended, so a failure that strikes it waits for that (`
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
 
 from hwpoison.core.books import WINDOW_BYTES, Books
 from hwpoison.core.mappings import Mapping
 from hwpoison.core.objects import MemoryObject
-from hwpoison.core.pages import DIRTY, PRESENT, WRITEBACK
+from hwpoison.core.pages import DIRTY, POISONED, PRESENT, WRITEBACK
+
+STRUCK = DIRTY | POISONED
 
 
 async def flush(books: Books, mapping: Mapping) -> None:
@@ -37,10 +40,14 @@ async def write_back_all(books: Books, object_: MemoryObject) -> OSError | None:
     failed: OSError | None = None
     written: list[tuple[int, int]] = []
     # What another flush has on its way is waited for too, and written again if that fails.
-    for first, count in _pieces(object_, DIRTY) + _pieces(object_, WRITEBACK):
+    pieces = _pieces(object_, DIRTY) + _pieces(object_, WRITEBACK)
+    while pieces:
+        first, count = pieces.pop(0)
         error, runs = await _write_back_piece(books, object_, first, count)
         failed = failed or error
         written += runs
+        # What was struck meanwhile is for its failure to decide, which is next at the lock; if it is well, it is written.
+        pieces += [(page, 1) for page in range(first, first + count) if object_.pages.flags[page] & STRUCK == STRUCK]
     try:
         await backing.file.sync()
     except OSError as error:
@@ -97,7 +104,7 @@ async def _write_back_piece(
             # Two flushes of one object: the second waits for the first one's write, or it would overtake it.
             await object_.written_back(page)
         await object_.watch(first, count)
-        runs = list(object_.pages.runs(DIRTY, first, count))
+        runs = list(_well(object_, first, count))
         copies = [object_.store.content(start, length) for start, length in runs]
         for start, length in runs:
             for page in range(start, start + length):
@@ -116,6 +123,18 @@ async def _write_back_piece(
                 object_.pages.clear(WRITEBACK, page)
         object_.io_ended()
     return failed, runs
+
+
+def _well(object_: MemoryObject, first: int, count: int) -> Iterator[tuple[int, int]]:
+    """The runs of dirty pages that were not struck: what is on a bad frame must not become what the file says."""
+    for start, length in object_.pages.runs(DIRTY, first, count):
+        begin = start
+        for bad, many in object_.pages.runs(POISONED, start, length):
+            if bad > begin:
+                yield begin, bad - begin
+            begin = bad + many
+        if begin < start + length:
+            yield begin, start + length - begin
 
 
 async def _write(books: Books, object_: MemoryObject, first: int, count: int, copy: bytes) -> OSError | None:

@@ -69,9 +69,10 @@ class LinuxSpace:
     def wake(self, address: int, nbytes: int) -> None:
         if self.fd < 0:
             return
-        with suppress(OSError):
-            # Any error means that nobody sleeps there: the process or the mapping is gone.
+        try:
             userfaultfd.wake(self.fd, address, nbytes)
+        except OSError:
+            pass  # Any error means that nobody sleeps there: the process or the mapping is gone.
 
     def reaches(self, address: int, nbytes: int) -> bool:
         """True if the range can be one of this process: the kernel is asked, by a WAKE."""

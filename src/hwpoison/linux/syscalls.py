@@ -69,6 +69,10 @@ _release_buffer.restype = None
 
 def address_of(buffer: bytes | bytearray | memoryview | mmap.mmap) -> int:
     """The address of a contiguous buffer's first byte. The caller keeps the buffer alive and in its size."""
+    try:
+        return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+    except (TypeError, ValueError):
+        pass  # It is read-only, or empty.
     view = _Buffer()
     _get_buffer(buffer, ctypes.byref(view), 0)
     try:

@@ -1,0 +1,310 @@
+"""Many processes at work on memory that fails all the time: every byte right or refused, every loss told once, no hang."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hwpoison
+from hwpoison import Failure, Outcome, State
+from tests.live import stress_worker
+from tests.live.frames import can_see_frames, frame_at
+from tests.live.stress_content import ANONYMOUS, BOOK, CONSTANT, FIRST_VERSION, KINDS, PAGE, Kind, Table, content
+from tests.live.stress_ledger import Ledger
+
+pytestmark = pytest.mark.live
+
+ROLES = [*["careful", "ordinary"] * (stress_worker.WRITERS // 2), "reader", "reader", "visitor", "visitor"]
+"""The role of each slot."""
+MEMORY_LIMIT = 1500 * PAGE
+"""Less than half of all pages."""
+HANG_SECONDS = 60.0
+STRIKERS = 3
+NAMES = {ANONYMOUS: "anonymous", BOOK: "book", CONSTANT: "constant"}
+
+
+class Crew:
+    """The processes: started by the nursery, replaced when they end."""
+
+    def __init__(self, folder: Path, socket: str, seed: str) -> None:
+        root = Path(__file__).parents[2]
+        path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+        command = [sys.executable, "-W", "error", str(Path(stress_worker.__file__)), str(folder), socket, seed, str(len(ROLES))]
+        self.nursery = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}
+        )
+        self.alive: dict[int, dict[str, Any]] = {}  # nursery's pidfd -> what was born
+        self.generations: Counter[int] = Counter()
+        self._said = b""
+
+    def bear(self, slot: int) -> None:
+        self.generations[slot] += 1
+        order = {"slot": slot, "role": ROLES[slot], "generation": self.generations[slot]}
+        assert self.nursery.stdin is not None
+        self.nursery.stdin.write(json.dumps(order).encode() + b"\n")
+        self.nursery.stdin.flush()
+
+    def news(self, seconds: float) -> list[dict[str, Any]]:
+        """Who has ended, after waiting for anything to happen for at most `seconds`."""
+        assert self.nursery.stdout is not None
+        ended = []
+        if select.select([self.nursery.stdout], [], [], seconds)[0]:
+            data = os.read(self.nursery.stdout.fileno(), 1 << 16)
+            assert data, "the nursery has died"
+            self._said += data
+        while b"\n" in self._said:
+            line, _, self._said = self._said.partition(b"\n")
+            message = json.loads(line)
+            if "born" in message:
+                with suppress(ProcessLookupError):
+                    message["pidfd"] = os.pidfd_open(message["pid"])
+                self.alive[message["born"]] = message
+            else:
+                found = self.alive.pop(message["ended"])
+                if "pidfd" in found:
+                    os.close(found["pidfd"])
+                ended.append({**found, "status": message["status"]})
+        return ended
+
+    def signal(self, one: dict[str, Any], number: signal.Signals) -> None:
+        with suppress(ProcessLookupError, KeyError):
+            signal.pidfd_send_signal(one["pidfd"], number)
+
+    def close(self) -> None:
+        assert self.nursery.stdin is not None
+        assert self.nursery.stdout is not None
+        self.nursery.stdin.close()
+        self.nursery.wait(HANG_SECONDS)
+        self.nursery.stdout.close()
+        for one in self.alive.values():
+            os.close(one["pidfd"])
+
+
+class Stress:
+    """One run."""
+
+    def __init__(self, folder: Path, seed: str) -> None:
+        self.folder = folder
+        self.seed = seed
+        self.random = random.Random(f"{seed} main")
+        self.table = Table(folder / "table", len(ROLES))
+        for kind, name in ((BOOK, "book"), (CONSTANT, "constant")):
+            pages = [content(kind, page, FIRST_VERSION) for page in range(kind.pages)]
+            (folder / name).write_bytes(b"".join(pages))
+        self.table.begun[BOOK.number, : BOOK.pages] = self.table.acknowledged[BOOK.number, : BOOK.pages] = FIRST_VERSION
+        self.manager = hwpoison.Manager(memory_limit=MEMORY_LIMIT)
+        self.descriptors = len(os.listdir(f"/proc/{self.manager.pid}/fd"))
+        self.memories = {
+            ANONYMOUS: self.manager.allocate(ANONYMOUS.nbytes, "anonymous"),
+            BOOK: self.manager.open(folder / "book", "r+", name="book"),
+            CONSTANT: self.manager.open(folder / "constant", name="constant"),
+        }
+        for memory in self.memories.values():
+            memory.on_failure(lambda notice: self.told.append(notice.event_id))
+        self.told: list[str] = []
+        self.ledger = Ledger(self.manager)
+        self.crew = Crew(folder, self.manager.socket, seed)
+        self.failures: list[Failure] = []
+        self.striking = threading.Event()
+        self.endings: Counter[str] = Counter()
+        self.orderly: set[str] = set()
+        """The processes that have ended as they were asked to."""
+        self.to_look_up: list[tuple[int, str, int]] = []
+        self.killed: set[int] = set()
+
+    # --- failures
+
+    def strike_again_and_again(self, number: int) -> None:
+        chance = random.Random(f"{self.seed} striker {number}")
+        while not self.striking.wait(chance.expovariate(STRIKERS * 0 + 25)):
+            self.failures.append(chance.choice([self.strike_name] * 5 + [self.strike_address, self.strike_frame])(chance))
+
+    def strike_name(self, chance: random.Random) -> Failure:
+        kind = chance.choice(KINDS)
+        place = NAMES[kind], chance.randrange(kind.nbytes)
+        if chance.random() < 0.5:
+            return self.manager.inject(*place, action_required=chance.random() < 0.3)
+        return self.manager.report(*place, source="stress", action_required=chance.random() < 0.3)
+
+    def somewhere(self, chance: random.Random) -> tuple[int, int]:
+        """The pid of some process, of which some may have ended, and the address of some page in it."""
+        slot, kind = chance.randrange(len(ROLES)), chance.choice(KINDS)
+        pid = int(self.table.addresses[slot, 0]) or os.getpid()
+        address = int(self.table.addresses[slot, 1 + kind.number]) or self.memories[kind].address
+        return pid, address + chance.randrange(kind.pages) * PAGE
+
+    def strike_address(self, chance: random.Random) -> Failure:
+        pid, address = self.somewhere(chance)
+        return self.manager.report(pid=pid, address=address, action_required=chance.random() < 0.3)
+
+    def strike_frame(self, chance: random.Random) -> Failure:
+        frame = 0
+        if can_see_frames():
+            pid, address = self.somewhere(chance)
+            with suppress(FileNotFoundError, ProcessLookupError):
+                frame = frame_at(address, pid)
+        return self.manager.report(pfn=frame) if frame else self.strike_name(chance)
+
+    # --- the run
+
+    def run(self, seconds: float) -> None:
+        for slot in range(len(ROLES)):
+            self.crew.bear(slot)
+        strikers = [threading.Thread(target=self.strike_again_and_again, args=(number,)) for number in range(STRIKERS)]
+        for one in strikers:
+            one.start()
+        try:
+            self.watch(time.monotonic() + seconds)
+        finally:
+            self.striking.set()
+            for one in strikers:
+                one.join(HANG_SECONDS)
+            assert not any(one.is_alive() for one in strikers), "a report hangs"
+        self.table.stop[0] = 1
+        self.watch(None)
+
+    def watch(self, until: float | None) -> None:
+        """Replace who ends, kill and stop some, and see that everybody goes on. None: until all have ended."""
+        beats = [(0, time.monotonic())] * len(ROLES)
+        next_harm = next_look = 0.0
+        stopped: dict[str, Any] | None = None
+        while self.crew.alive or until is not None:
+            now = time.monotonic()
+            if until is not None and now > until:
+                break
+            for one in self.crew.news(0.05):
+                beats[one["slot"]] = (0, now)
+                self.judge_ending(one)
+                if until is not None:
+                    self.crew.bear(one["slot"])
+            for slot, (count, since) in enumerate(beats):
+                if (current := int(self.table.beats[slot])) != count:
+                    beats[slot] = (current, now)
+                elif now - since > HANG_SECONDS and any(one["slot"] == slot for one in self.crew.alive.values()):
+                    self.show_hang(slot)
+            if now > next_look:
+                next_look = now + 1
+                self.ledger.collect()
+            if now > next_harm:
+                next_harm = now + self.random.expovariate(4)
+                if stopped is not None:
+                    self.crew.signal(stopped, signal.SIGCONT)
+                    stopped = None
+                elif self.crew.alive and until is not None:
+                    one = self.random.choice(list(self.crew.alive.values()))
+                    if self.random.random() < 0.5:
+                        self.killed.add(one["pid"])
+                        self.crew.signal(one, signal.SIGKILL)
+                    else:
+                        self.crew.signal(one, signal.SIGSTOP)
+                        stopped = one
+        if stopped is not None:
+            self.crew.signal(stopped, signal.SIGCONT)
+
+    def judge_ending(self, one: dict[str, Any]) -> None:
+        """Each process ends as it may, or the test fails."""
+        slot, role, pid, status = one["slot"], one["role"], one["pid"], one["status"]
+        self.table.addresses[slot, 0] = 0
+        name = f"marker {slot}.{one['generation']}"
+        if status == -signal.SIGKILL and pid in self.killed:
+            self.endings["killed"] += 1
+        elif status == -signal.SIGBUS and role == "ordinary":
+            number, page = self.table.touching[slot].tolist()
+            assert number >= 0, f"{name} was struck where it touched nothing"
+            assert KINDS[number].writable, f"{name} was struck at a page of a file that can't be lost: {page}"
+            self.to_look_up.append((pid, NAMES[KINDS[number]], page * PAGE))
+            self.endings["struck"] += 1
+        elif status == 0 and (role == "visitor" or self.table.stop[0]):
+            self.endings["left"] += 1
+            if role != "visitor":
+                self.orderly.add(name)
+        else:
+            raise AssertionError(f"{name}, {role}, ended with status {status}:\n{(self.folder / 'said').read_text()}")
+        self.table.touching[slot] = (-1, -1)
+
+    def show_hang(self, slot: int) -> None:
+        """Everybody's stacks, and the end."""
+        faulthandler.dump_traceback(all_threads=True)
+        for one in (*self.crew.alive.values(), {"pid": self.manager.pid}):
+            for thread in os.listdir(f"/proc/{one['pid']}/task"):
+                where = Path(f"/proc/{one['pid']}/task/{thread}/wchan").read_text()
+                print(f"{one} thread {thread} sleeps in {where or 'nothing'}", file=sys.stderr)
+            # Python's fault handler, which is enabled in all of them, prints the stacks of all threads.
+            os.kill(one["pid"], signal.SIGABRT)
+        while self.crew.alive:
+            self.crew.news(1)
+        raise AssertionError(f"slot {slot}, {ROLES[slot]}, hangs:\n{(self.folder / 'said').read_text()}")
+
+    # --- the reckoning
+
+    def reckon(self) -> None:
+        """All of what everybody knows fits together."""
+        self.ledger.collect()
+        for failure in self.failures:
+            self.ledger.check_failure(failure)
+        for pid, name, offset in self.to_look_up:
+            assert self.ledger.was_struck(pid, name, offset), f"{pid} got SIGBUS at {name}+{offset:#x}, which was not lost"
+        for listener in self.ledger.heard:
+            received = self.folder / listener.name.replace("marker", "notices")
+            self.ledger.check_notices(listener, received, to_the_end=listener.name in self.orderly)
+        self.reckon_statistics()
+        self.reckon_content()
+
+    def reckon_statistics(self) -> None:
+        said, ledger = self.manager.statistics(), self.ledger
+        assert said.events_dropped == 0
+        assert said.states == dict(ledger.states)
+        assert sum(said.states.values()) == ledger.counts["report"] == ledger.counts["outcome"]
+        assert sum(said.outcomes.values()) == sum(said.states.values()) - said.states.get(State.ALREADY_POISONED, 0)
+        assert said.outcomes.get(Outcome.FAILED, 0) == said.outcomes.get(Outcome.DELAYED, 0) == 0
+        assert said.quarantined == ledger.isolated * PAGE
+        assert said.accesses_to_lost == ledger.counts["access"]
+        assert said.memory_present == sum(one.present for one in self.manager.objects())
+
+    def reckon_content(self) -> None:
+        """Repair all that is lost: then every page of every object and of the file holds what was acknowledged."""
+        for kind, memory in self.memories.items():
+            for start, nbytes in [(one.offset, one.nbytes) for one in memory.lost()]:
+                for page in range(start // PAGE, (start + nbytes + PAGE - 1) // PAGE):
+                    memory.repair(page * PAGE, content(kind, page, int(self.table.begun[kind.number, page])))
+            assert self.table.checked(kind, 0, kind.pages, lambda: memory.read(0, memory.nbytes))  # noqa: B023
+        with suppress(OSError):
+            self.memories[BOOK].flush()  # EIO, for what was lost and repaired since
+        self.memories[BOOK].flush()
+        assert self.table.checked(BOOK, 0, BOOK.pages, (self.folder / "book").read_bytes)
+
+    def close(self) -> None:
+        """End everything, however far it came."""
+        self.crew.close()
+        with suppress(OSError):
+            self.manager.close()
+
+
+def stress(folder: Path, seconds: float) -> None:
+    seed = os.environ.get("HWPOISON_STRESS_SEED") or str(random.SystemRandom().randrange(1 << 32))
+    print(f"HWPOISON_STRESS_SEED={seed}")
+    run = Stress(folder, seed)
+    try:
+        run.run(seconds)
+        run.reckon()
+        print(len(run.failures), run.endings, dict(run.ledger.counts), dict(run.ledger.states), run.table.beats, run.manager.statistics())
+    finally:
+        run.close()
+
+
+def test_stress(tmp_path: Path) -> None:
+    stress(tmp_path, 20)
