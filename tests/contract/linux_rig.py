@@ -136,29 +136,29 @@ class LinuxFileRig:
     """See `FileRig`."""
 
     def __init__(self, machine: LinuxMachine, path: Path, content: bytes, *, writable: bool) -> None:
-        self._path = path
+        self.path = path
         path.write_bytes(content)
         self.file: LinuxFile = machine.file(os.open(path, os.O_RDWR if writable else os.O_RDONLY))
 
     def content(self) -> bytes:
-        return self._path.read_bytes()
+        return self.path.read_bytes()
 
     def write(self, offset: int, data: bytes) -> None:
-        with self._path.open("r+b") as file:
+        with self.path.open("r+b") as file:
             file.seek(offset)
             file.write(data)
 
     def truncate(self, nbytes: int) -> None:
-        os.truncate(self._path, nbytes)
+        os.truncate(self.path, nbytes)
 
-    def touch(self) -> None:
-        os.utime(self._path, ns=(1, 1))
+    def touch(self, time_ns: int) -> None:
+        os.utime(self.path, ns=(time_ns, time_ns))
 
     def cache(self) -> None:
-        self._path.read_bytes()
+        self.path.read_bytes()
 
     def evict(self) -> None:
-        with self._path.open("rb") as file:
+        with self.path.open("rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             nbytes = os.fstat(file.fileno()).st_size

@@ -99,8 +99,8 @@ class FileRig(Protocol):
 
     def truncate(self, nbytes: int) -> None: ...
 
-    def touch(self) -> None:
-        """Change its times alone."""
+    def touch(self, time_ns: int) -> None:
+        """Say that it was changed then."""
 
     def cache(self) -> None:
         """Make all of it to be had without waiting."""

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hwpoison.core.machine import Machine, Store
+from hwpoison.core.machine import Machine
 from tests.contract.rig import Rig
-
-
-def listed(*stores: tuple[Store, set[int]]) -> list[tuple[Store, object]]:
-    return [(store, pages.__contains__) for store, pages in stores]
 
 
 async def test_a_frame_is_found_in_the_object_and_page_that_it_is(rig: Rig, machine: Machine) -> None:

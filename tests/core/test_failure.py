@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import mmap
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
@@ -18,11 +13,10 @@ from hwpoison.core.recovery import discard, write
 from hwpoison.core.writeback import write_back_all
 from hwpoison.linux.syscalls import PAGE_SIZE
 from tests.core.conftest import Core, Run
+from tests.large_frames import BLOCK_BYTES, collapse
 from tests.support import need
 
-SETTING = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
-MADV_COLLAPSE = 25
-BLOCK_PAGES = (2 << 20) // PAGE_SIZE
+BLOCK_PAGES = BLOCK_BYTES // PAGE_SIZE
 
 
 def test_two_reports_of_one_page_are_one_failure(run: Run) -> None:
@@ -120,26 +114,12 @@ def test_a_frame_that_cannot_be_is_unknown(run: Run, number: int) -> None:
     run(story)
 
 
-@contextmanager
-def huge_pages_for_shared_memory() -> Iterator[None]:
-    need(not os.geteuid() and SETTING.exists(), "root and transparent huge pages, to make the kernel collapse memory")
-    before = SETTING.read_text().split("[")[1].split("]")[0]
-    SETTING.write_text("always")
-    try:
-        yield
-    finally:
-        SETTING.write_text(before)
-
-
 def test_dirty_pages_that_go_with_a_large_frame_are_an_error_for_flush(run: Run) -> None:
     async def story(core: Core) -> None:
         file = core.open(core.new_file(BLOCK_PAGES), writable=True)
         await core.bring_in(file, 0, BLOCK_PAGES)
         await write(core.manager, file, 9 * PAGE_SIZE, b"new")
-        # Somebody who maps the memory without our care lets the kernel collapse it.
-        with mmap.mmap(file.store.fd, BLOCK_PAGES * PAGE_SIZE) as careless:  # type: ignore[attr-defined]
-            with huge_pages_for_shared_memory():
-                careless.madvise(MADV_COLLAPSE)
+        collapse(file.store.fd)  # type: ignore[attr-defined]
         # A clean page is struck, and the dirty one is lost with it.
         failure = await memory_failure(core.manager, Report(name=file.name, offset=5 * PAGE_SIZE))
         assert (failure.state, failure.outcome) == (State.CLEAN_FILE, Outcome.FAILED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import struct
@@ -46,3 +47,22 @@ def use_memory(nbytes: int) -> None:
         for offset in range(0, nbytes, PAGE):
             memory[offset] = 1
         Path("/proc/sys/vm/compact_memory").write_text("1")
+
+
+def cached_pages(path: Path) -> int:
+    """How many pages of a file the kernel's page cache has (mincore)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapping:
+        vector = (ctypes.c_ubyte * -(-len(mapping) // PAGE))()
+        start = ctypes.c_char.from_buffer(mapping)
+        result = libc.mincore(ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(len(mapping)), vector)
+        del start
+    assert result == 0, os.strerror(ctypes.get_errno())
+    return sum(one & 1 for one in vector)
+
+
+def forget_cached(path: Path) -> None:
+    """The page cache holds nothing of the file, where it is not the file itself."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

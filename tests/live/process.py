@@ -74,6 +74,11 @@ class Child:
         assert self._process.stdout is not None
         return self._process.stdout.fileno()
 
+    @property
+    def state(self) -> str:
+        """The letter that ps shows: T if it is stopped."""
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+
     def signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
@@ -103,3 +108,8 @@ def asleep_in_a_fault(pid: int) -> bool:
     return any(
         "userfault" in Path(f"/proc/{pid}/task/{thread}/wchan").read_text() for thread in os.listdir(f"/proc/{pid}/task")
     )
+
+
+def keeper_of(manager_pid: int) -> int:
+    """The process that holds the manager's quarantined frames."""
+    return int(Path(f"/proc/{manager_pid}/task/{manager_pid}/children").read_text())

@@ -19,11 +19,12 @@ BUS_MCEERR_AR = 4
 
 
 class SignalInfo(NamedTuple):
-    """`code`, and the address of a fault; `shift` is how many low bits of it say nothing."""
+    """`code`; the address of a fault, of which `shift` low bits say nothing; the `value` of a signal that was queued."""
 
     code: int
     address: int
     shift: int
+    value: int
 
 
 def seize(pid: int) -> None:
@@ -46,9 +47,9 @@ def next_bus_error(pid: int) -> SignalInfo:
     information = ctypes.create_string_buffer(128)
     _ptrace(_PTRACE_GETSIGINFO, pid, information)
     _ptrace(_PTRACE_CONT, pid, ctypes.c_void_p(signal.SIGBUS))
-    number, _, code, address, shift = struct.unpack_from("iiixxxxPH", information)
+    number, code, address, value = struct.unpack_from("i4xi4xPP", information)
     assert number == signal.SIGBUS
-    return SignalInfo(code, address, shift)
+    return SignalInfo(code, address, value & 0xFFFF, value)
 
 
 def _ptrace(request: int, pid: int, data: ctypes.Array[ctypes.c_char] | ctypes.c_void_p | None) -> None:

@@ -63,6 +63,7 @@ class Table:
             "discarding": per_page,
             "beats": (slots,),
             "touching": (slots, 2),
+            "latest": (slots, 2),
             "addresses": (slots, 1 + len(KINDS)),
             "stop": (1,),
         }
@@ -82,6 +83,8 @@ class Table:
     """Counts what each process has done: while it goes up, the process is alive."""
     touching: Array
     """(object, page) that each process is about to access through its ordinary view, where it may be struck."""
+    latest: Array
+    """(object, page) of what each process did last: good places to strike."""
     addresses: Array
     """The pid of each process, and where it has mapped each object."""
     stop: Array
@@ -121,5 +124,5 @@ class Table:
         return True
 
 
-class Refused(Exception):  # noqa: N818
+class Refused(Exception):
     """An access was refused because of lost bytes: PoisonError, or EFAULT."""

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import hwpoison
-from tests.live.stress_content import ANONYMOUS, BOOK, CONSTANT, FIRST_VERSION, KINDS, PAGE, Kind, Refused, Table, content
+from tests.live.stress_content import ANONYMOUS, BOOK, CONSTANT, KINDS, PAGE, Kind, Refused, Table, content
 from tests.support import wait_until
 
 WRITERS = 8
@@ -85,7 +85,8 @@ class Worker:
             self.manager.close()
         except OSError as error:
             # Changes that were lost since the last flush; each was told.
-            assert error.errno == errno.EIO, error
+            if error.errno != errno.EIO:
+                raise
 
     # --- writing: pages of its own
 
@@ -97,6 +98,7 @@ class Worker:
             self.table.discarding[kind.number, page] += self.table.discarding[kind.number, page] % 2
 
     def begin(self, kind: Kind, page: int) -> bytes:
+        self.table.latest[self.slot] = (kind.number, page)
         self.table.begun[kind.number, page] += 1
         return content(kind, page, int(self.table.begun[kind.number, page]))
 
@@ -118,7 +120,8 @@ class Worker:
             try:
                 self.memories[kind].write(page * PAGE + start, part)
             except hwpoison.PoisonError as error:
-                assert (error.offset, error.nbytes) == (page * PAGE, len(data)), error
+                if (error.offset, error.nbytes) != (page * PAGE, len(data)):
+                    raise
                 self.memories[kind].repair(page * PAGE, data)
         # A loss between the halves and a repair by the second write are not possible: half a page repairs nothing.
         self.acknowledge(kind, page)
@@ -160,6 +163,7 @@ class Worker:
         kind = self.random.choice(KINDS)
         count = self.random.randint(1, most)
         first = self.random.randrange(kind.pages)
+        self.table.latest[self.slot] = (kind.number, first)
         return kind, first, min(count, kind.pages - first)
 
     def range_of(self, kind: Kind, first: int, count: int) -> tuple[int, int]:
@@ -222,15 +226,22 @@ class Worker:
         """What write(2) takes from the ordinary view: EFAULT, or as many bytes as could be had, and never a signal."""
         kind, first, _ = self.somewhere()
         start, end = self.range_of(kind, first, 1)
+        memory = self.memories[kind]
 
         def read() -> bytes:
-            try:
-                done = os.pwrite(self.scratch, self.memories[kind].buffer[start:end], 0)
-            except OSError as error:
-                raise self.refused(error, kind) from error
-            if done < end - start:
-                raise Refused
-            return os.pread(self.scratch, done, 0)
+            for _ in range(1000):
+                try:
+                    done = os.pwrite(self.scratch, memory.buffer[start:end], 0)
+                except OSError as error:
+                    if error.errno != errno.EFAULT:
+                        raise
+                    done = 0
+                if done == end - start:
+                    return os.pread(self.scratch, done, 0)
+                if any(one.offset <= start < one.offset + one.nbytes for one in memory.lost()):
+                    raise Refused
+                # Brought back in the meantime, or never lost: then it must go well some time.
+            raise AssertionError(f"page {first} of {kind} is refused, and is not lost")
 
         self.table.checked(kind, first, 1, read)
 
@@ -250,7 +261,8 @@ class Worker:
         try:
             self.memories[BOOK].flush()
         except OSError as error:
-            assert error.errno == errno.EIO, error
+            if error.errno != errno.EIO:
+                raise
 
     def prefetch(self) -> None:
         kind, first, count = self.somewhere(512)
@@ -303,7 +315,7 @@ def live(arguments: list[str], born: dict[str, Any]) -> int:
         worker.run(ROLES[born["role"]](worker))
     except SystemExit as error:
         return int(error.code or 0)
-    except BaseException:
+    except BaseException:  # noqa: BLE001  (the exit status says it)
         print(f"{born} (pid {os.getpid()}):", file=sys.stderr)
         traceback.print_exc()
         sys.stderr.flush()

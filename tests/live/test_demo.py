@@ -252,3 +252,13 @@ def test_a_signal_ends_the_demo_and_all_that_it_started(number: signal.Signals, 
         os.killpg(process.pid, number)
         process.stdout.read()
         assert process.wait(SECONDS_MAX) == status
+
+
+def test_a_reader_that_has_seen_enough_ends_the_demo_with_no_complaint() -> None:
+    with subprocess.Popen(COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert {line.partition(":")[0] for line in process.stderr} <= {"Memory failure"}
+        assert process.wait(SECONDS_MAX) == 0

@@ -21,7 +21,7 @@ import hwpoison
 from hwpoison import Outcome, State
 from hwpoison.linux.syscalls import PAGE_SIZE
 from tests.live.conftest import known
-from tests.live.process import Child, asleep_in_a_fault
+from tests.live.process import Child, asleep_in_a_fault, keeper_of
 from tests.live.slow_files import SlowFile
 from tests.support import SECONDS_MAX, wait_until
 
@@ -46,10 +46,6 @@ def watched(*pids: int) -> Iterator[Callable[[], bool]]:
     finally:
         for pidfd in pidfds:
             os.close(pidfd)
-
-
-def keeper_of(manager_pid: int) -> int:
-    return int(Path(f"/proc/{manager_pid}/task/{manager_pid}/children").read_text())
 
 
 def is_stopped(pid: int) -> bool:

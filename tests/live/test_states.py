@@ -15,7 +15,7 @@ import hwpoison
 from hwpoison import Outcome, State, protocol
 from hwpoison.core.records import Report, Source
 from tests.live.conftest import known
-from tests.live.frames import PAGE, can_see_frames, frame_at, is_held, times_mapped, use_memory
+from tests.live.frames import PAGE, can_see_frames, forget_cached, frame_at, is_held, times_mapped, use_memory
 from tests.live.process import Child
 from tests.live.slow_files import SlowFile
 from tests.support import SECONDS_MAX, wait_until
@@ -337,13 +337,6 @@ manager.close()
             wait_until(lambda: manager.objects() == [], "the object ends with its last mapping")
         child.tell(None)
     assert State.CLEAN_FILE in states, "no report met a page that had come or was coming"
-
-
-def forget_cached(path: Path) -> None:
-    """The kernel's page cache holds nothing of the file."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def test_a_report_on_a_page_that_is_being_written_back_waits_for_that_and_loses_nothing(

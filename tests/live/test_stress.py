@@ -21,10 +21,13 @@ import pytest
 
 import hwpoison
 from hwpoison import Failure, Outcome, State
+from hwpoison.linux.quarantine import PIPE_FRAMES
 from tests.live import stress_worker
 from tests.live.frames import can_see_frames, frame_at
-from tests.live.stress_content import ANONYMOUS, BOOK, CONSTANT, FIRST_VERSION, KINDS, PAGE, Kind, Table, content
+from tests.live.process import keeper_of
+from tests.live.stress_content import ANONYMOUS, BOOK, CONSTANT, FIRST_VERSION, KINDS, PAGE, Table, content
 from tests.live.stress_ledger import Ledger
+from tests.support import wait_until
 
 pytestmark = pytest.mark.live
 
@@ -34,7 +37,19 @@ MEMORY_LIMIT = 1500 * PAGE
 """Less than half of all pages."""
 HANG_SECONDS = 60.0
 STRIKERS = 3
+STRIKES_PER_SECOND = 90
+HARMS_PER_SECOND = 4
+"""Processes that are killed, stopped, or go on after that."""
 NAMES = {ANONYMOUS: "anonymous", BOOK: "book", CONSTANT: "constant"}
+
+
+def descriptors(pid: int) -> Counter[str]:
+    """How many of each kind a process has."""
+    found: Counter[str] = Counter()
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(FileNotFoundError):
+            found[os.readlink(f"/proc/{pid}/fd/{fd}").split(":[")[0]] += 1
+    return found
 
 
 class Crew:
@@ -43,9 +58,11 @@ class Crew:
     def __init__(self, folder: Path, socket: str, seed: str) -> None:
         root = Path(__file__).parents[2]
         path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
-        command = [sys.executable, "-W", "error", str(Path(stress_worker.__file__)), str(folder), socket, seed, str(len(ROLES))]
         self.nursery = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}
+            [sys.executable, "-W", "error", stress_worker.__file__, str(folder), socket, seed, str(len(ROLES))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": path},
         )
         self.alive: dict[int, dict[str, Any]] = {}  # nursery's pidfd -> what was born
         self.generations: Counter[int] = Counter()
@@ -76,7 +93,7 @@ class Crew:
             else:
                 found = self.alive.pop(message["ended"])
                 if "pidfd" in found:
-                    os.close(found["pidfd"])
+                    os.close(found.pop("pidfd"))
                 ended.append({**found, "status": message["status"]})
         return ended
 
@@ -91,7 +108,8 @@ class Crew:
         self.nursery.wait(HANG_SECONDS)
         self.nursery.stdout.close()
         for one in self.alive.values():
-            os.close(one["pidfd"])
+            if "pidfd" in one:
+                os.close(one["pidfd"])
 
 
 class Stress:
@@ -107,15 +125,18 @@ class Stress:
             (folder / name).write_bytes(b"".join(pages))
         self.table.begun[BOOK.number, : BOOK.pages] = self.table.acknowledged[BOOK.number, : BOOK.pages] = FIRST_VERSION
         self.manager = hwpoison.Manager(memory_limit=MEMORY_LIMIT)
-        self.descriptors = len(os.listdir(f"/proc/{self.manager.pid}/fd"))
+        self.manager.report(pid=os.getpid(), address=0)
+        list(self.manager.events())  # now the manager has opened its log
+        self.descriptors = descriptors(self.manager.pid)
+        self.sockets = descriptors(os.getpid())["socket"]
         self.memories = {
             ANONYMOUS: self.manager.allocate(ANONYMOUS.nbytes, "anonymous"),
             BOOK: self.manager.open(folder / "book", "r+", name="book"),
             CONSTANT: self.manager.open(folder / "constant", name="constant"),
         }
+        self.told: list[list[object]] = []
         for memory in self.memories.values():
-            memory.on_failure(lambda notice: self.told.append(notice.event_id))
-        self.told: list[str] = []
+            memory.on_failure(lambda notice: self.told.append([notice.event_id, notice.name, notice.offset]))
         self.ledger = Ledger(self.manager)
         self.crew = Crew(folder, self.manager.socket, seed)
         self.failures: list[Failure] = []
@@ -130,12 +151,17 @@ class Stress:
 
     def strike_again_and_again(self, number: int) -> None:
         chance = random.Random(f"{self.seed} striker {number}")
-        while not self.striking.wait(chance.expovariate(STRIKERS * 0 + 25)):
+        while not self.striking.wait(chance.expovariate(STRIKES_PER_SECOND / STRIKERS)):
             self.failures.append(chance.choice([self.strike_name] * 5 + [self.strike_address, self.strike_frame])(chance))
 
     def strike_name(self, chance: random.Random) -> Failure:
+        """Any page, or one that somebody is at."""
         kind = chance.choice(KINDS)
-        place = NAMES[kind], chance.randrange(kind.nbytes)
+        page = chance.randrange(kind.pages)
+        if chance.random() < 0.7:
+            number, page = self.table.latest[chance.randrange(len(ROLES))].tolist()
+            kind = KINDS[number]
+        place = NAMES[kind], page * PAGE + chance.randrange(kind.last)
         if chance.random() < 0.5:
             return self.manager.inject(*place, action_required=chance.random() < 0.3)
         return self.manager.report(*place, source="stress", action_required=chance.random() < 0.3)
@@ -200,7 +226,7 @@ class Stress:
                 next_look = now + 1
                 self.ledger.collect()
             if now > next_harm:
-                next_harm = now + self.random.expovariate(4)
+                next_harm = now + self.random.expovariate(HARMS_PER_SECOND)
                 if stopped is not None:
                     self.crew.signal(stopped, signal.SIGCONT)
                     stopped = None
@@ -257,12 +283,15 @@ class Stress:
         for failure in self.failures:
             self.ledger.check_failure(failure)
         for pid, name, offset in self.to_look_up:
-            assert self.ledger.was_struck(pid, name, offset), f"{pid} got SIGBUS at {name}+{offset:#x}, which was not lost"
+            assert self.ledger.was_refused(pid, name, offset), f"{pid} got SIGBUS at {name}+{offset:#x}, which was not lost"
         for listener in self.ledger.heard:
             received = self.folder / listener.name.replace("marker", "notices")
             self.ledger.check_notices(listener, received, to_the_end=listener.name in self.orderly)
+        wait_until(lambda: len(self.told) >= len(self.ledger.own.notices), "this process has heard all")
+        assert self.told == self.ledger.own.notices
         self.reckon_statistics()
         self.reckon_content()
+        self.reckon_remains()
 
     def reckon_statistics(self) -> None:
         said, ledger = self.manager.statistics(), self.ledger
@@ -287,6 +316,32 @@ class Stress:
         self.memories[BOOK].flush()
         assert self.table.checked(BOOK, 0, BOOK.pages, (self.folder / "book").read_bytes)
 
+    def reckon_remains(self) -> None:
+        """Nothing is left of the processes that have ended; then nothing of the manager."""
+        wait_until(lambda: len(self.manager.objects()) == len(KINDS), "the objects of others are gone")
+        assert self.manager.statistics().clients == 1
+        for memory in self.memories.values():
+            memory.close()
+        wait_until(lambda: not self.manager.objects(), "the objects are gone")
+        expected = self.descriptors.copy()
+        expected["pipe"] += 2 * -(-self.ledger.isolated // PIPE_FRAMES)
+        expected["socket"] += descriptors(os.getpid())["socket"] - self.sockets  # this process has opened more channels
+        assert descriptors(self.manager.pid) == expected
+        manager, keeper = self.manager.pid, keeper_of(self.manager.pid)
+        self.manager.close()
+        assert not os.path.exists(f"/proc/{manager}")
+        assert not os.path.exists(f"/proc/{keeper}")
+        assert self.manager.socket not in Path("/proc/net/unix").read_text()
+
+    def reckon_variety(self) -> None:
+        """The run was worth something: all of it has happened."""
+        for state in (State.FREE, State.CLEAN_FILE, State.DIRTY_FILE, State.ANONYMOUS, State.ALREADY_POISONED):
+            assert self.ledger.states[state], f"no {state}"
+        for kind in ("access", "repair", "discard", "refill"):
+            assert self.ledger.counts[kind], f"no {kind}"
+        assert all(self.endings[one] for one in ("killed", "struck", "left")), self.endings
+        assert all(self.table.beats), "somebody has done nothing"
+
     def close(self) -> None:
         """End everything, however far it came."""
         self.crew.close()
@@ -301,10 +356,16 @@ def stress(folder: Path, seconds: float) -> None:
     try:
         run.run(seconds)
         run.reckon()
-        print(len(run.failures), run.endings, dict(run.ledger.counts), dict(run.ledger.states), run.table.beats, run.manager.statistics())
+        print(len(run.failures), run.endings, dict(run.ledger.counts), dict(run.ledger.states), run.table.beats)
+        run.reckon_variety()
     finally:
         run.close()
 
 
-def test_stress(tmp_path: Path) -> None:
+def test_at_any_moment_every_byte_is_right_or_refused_and_every_loss_is_told_once(tmp_path: Path) -> None:
     stress(tmp_path, 20)
+
+
+@pytest.mark.soak
+def test_so_it_stays_for_ten_minutes(tmp_path: Path) -> None:
+    stress(tmp_path, 600)

@@ -199,8 +199,8 @@ VANISH: dict[str, Callable[[str], None]] = {
     one.__name__[1:].replace("_", " "): one
     for one in (
         _before_hello, _with_hello_unanswered, _with_allocate_unanswered, _between_found_and_map, _with_map_unanswered,
-        _with_write_unanswered, _with_report_unanswered, _with_unread_notices, _with_its_channels_closed, _with_prefetch_unanswered,
-        _with_dirty_pages, _with_flush_unanswered,
+        _with_write_unanswered, _with_report_unanswered, _with_unread_notices, _with_its_channels_closed,
+        _with_prefetch_unanswered, _with_dirty_pages, _with_flush_unanswered,
     )
 }  # fmt: skip
 

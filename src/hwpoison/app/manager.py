@@ -221,7 +221,7 @@ class Manager(BaseManager):
             raise ValueError(f"memory_limit is in bytes and at least one page ({PAGE_SIZE}), not {memory_limit}")
         if offline_foreign and os.geteuid():
             raise PermissionError("offline_foreign needs root: the kernel's hard offline does")
-        # Where it can't be had, nothing is started: a manager that is killed while it starts may leave its keeper for a while.
+        # Where it can't be had, nothing is started: a manager that is killed early may leave its keeper for a while.
         os.close(open_userfaultfd().fd)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, "-P", "-m", "hwpoison.service.daemon", "--channel", str(theirs.fileno())]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from hwpoison.app.manager import SharedManager
     from hwpoison.core.records import Failure
 
@@ -167,7 +170,6 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, numbe
 
     A terminal's width is kept; a file has none.
     """
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -176,4 +178,20 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, numbe
         table.add_column(heading, justify="right" if heading in numbers else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text.from_ansi(cell) for cell in row))
-    Console(highlight=False, width=None if sys.stdout.isatty() else 10_000).print(table)
+    console(without_terminal=10_000).print(table)
+
+
+def console(*, without_terminal: int, at_most: int | None = None) -> Console:
+    """What tables are printed to: as wide as the terminal, but `at_most`; a pipe or a file has the other width."""
+    from rich.console import Console
+
+    class Output(Console):
+        """Leaves it to `hwpoison.cli.main` what becomes of us when nobody reads any more."""
+
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    output = Output(highlight=False, no_color=not coloured(), width=None if sys.stdout.isatty() else without_terminal)
+    if at_most is not None:
+        output.width = min(output.width, at_most)
+    return output

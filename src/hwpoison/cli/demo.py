@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 CLIENTS = 3
 FILE_PAGES_MIN = 16
 FILE_BYTES_MAX = 8 << 20
-COPY_BYTES_MAX = 2 << 20
+COPY_BYTES = 2 << 20
 MEMORY_BYTES = 2 << 20
 
 
@@ -65,6 +65,8 @@ def demo(path: Path | None, as_json: bool) -> int:
         with _manager_lines_last(directory / "manager-lines") if table and table.shares_terminal else ExitStack():
             try:
                 document = _demonstrated(path, nbytes, directory, table)
+            except BrokenPipeError:
+                raise  # nobody reads the table any more
             except (ClientError, ConnectionError) as error:
                 raise BrokenError(f"the demo broke off: {error}") from error
             document["seconds"] = round(time.monotonic() - started, 3)
@@ -148,14 +150,14 @@ def _identity(path: Path) -> Identity:
 @contextmanager
 def _stage(path: Path, nbytes: int, directory: Path) -> Iterator[Stage]:
     """The manager and its clients, who have the file, a writable copy of its beginning, and anonymous memory."""
+    import numpy
+
     import hwpoison
     from hwpoison.cli.demo_clients import Client, ask_all
     from hwpoison.cli.demo_scenarios import Stage
-    from hwpoison.linux.syscalls import PAGE_SIZE
 
     copy = directory / "copy"
-    with path.open("rb") as file:
-        copy.write_bytes(file.read(min(nbytes, COPY_BYTES_MAX) // PAGE_SIZE * PAGE_SIZE))
+    numpy.resize(numpy.fromfile(path, "u1", min(nbytes, COPY_BYTES)), COPY_BYTES).tofile(copy)
     with ExitStack() as stack:
         manager = stack.enter_context(hwpoison.Manager())
         clients = [Client(manager.socket, index, CLIENTS) for index in range(CLIENTS + 1)]

@@ -6,12 +6,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from hwpoison.cli.common import OUTCOME_COLOURS, coloured, size_text
+from hwpoison.cli.common import OUTCOME_COLOURS, console, size_text
 from hwpoison.cli.demo_scenarios import Scenario, Stage, processes
 from hwpoison.core.records import printable
 
@@ -26,12 +25,9 @@ class DemoTable:
     """Prints row after row, so it works in a terminal, a pipe and a file alike."""
 
     def __init__(self) -> None:
-        terminal = sys.stdout.isatty()
-        self.shares_terminal = terminal and sys.stderr.isatty()
+        self.shares_terminal = sys.stdout.isatty() and sys.stderr.isatty()
         """True if what others write to standard error would come between the rows."""
-        self._console = Console(highlight=False, no_color=not coloured(), width=None if terminal else WIDTH_MAX)
-        if self._console.width > WIDTH_MAX:
-            self._console.width = WIDTH_MAX
+        self._console = console(without_terminal=WIDTH_MAX, at_most=WIDTH_MAX)
 
     def begin(self, stage: Stage, sha256: str, memory_bytes: int) -> None:
         """Who takes part, and the table's head."""

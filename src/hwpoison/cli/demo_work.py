@@ -164,6 +164,11 @@ class Work:
         """Write one of the client's own pages."""
         self._write(name, page)
 
+    def write_all(self, name: str) -> None:
+        """Write all of the client's own pages."""
+        for page in range(self._index, len(self._known[name].writes), self._count):
+            self._write(name, page)
+
     def _write(self, name: str, page: int) -> None:
         known = self._known[name]
         writes = int(known.writes[page]) + 1
@@ -263,9 +268,9 @@ class Work:
         """Simulate a failure."""
         return self._manager.inject(name, page * PAGE_SIZE)
 
-    def objects(self) -> int:
-        """Ask the manager something; how many objects there are."""
-        return len(self._manager.objects())
+    def written(self) -> int:
+        """Bytes that the manager has written to files."""
+        return self._manager.statistics().written
 
     def fail_while_closing(self) -> tuple[hwpoison.Failure, str]:
         """Strike a page of a memory that is being closed; the failure and the memory's name.

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
 import click
 
-from hwpoison.cli.common import FINE, FOUND, coloured, json_option, print_json
+from hwpoison.cli.common import FINE, FOUND, console, json_option, print_json
 from hwpoison.core.records import printable
 from hwpoison.linux.capabilities import probe, works
 from hwpoison.linux.probing import Capability
@@ -53,17 +52,15 @@ def _verdict(found: Sequence[Capability]) -> str:
 
 
 def _print(found: Sequence[Capability]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False, no_color=not coloured(), width=None if sys.stdout.isatty() else WIDTH_MAX)
-    console.width = min(console.width, WIDTH_MAX)
+    output = console(without_terminal=WIDTH_MAX, at_most=WIDTH_MAX)
     group = ""
     for one in found:
         if one.group != group:
             group = one.group
-            console.print(Text(group, "bold"))
+            output.print(Text(group, "bold"))
         mark, colour = _mark(one)
         what = Text(f"{printable(one.found)}\n").append(one.gives, "dim")
         if one.in_the_way:
@@ -74,9 +71,9 @@ def _print(found: Sequence[Capability]) -> None:
         for width in (2, 31, None):
             table.add_column(width=width, overflow="fold")
         table.add_row(Text(f" {mark}", colour), Text(one.name, colour if "red" in colour else ""), what)
-        console.print(table)
-    console.print()
-    console.print(Text(_verdict(found), "bold green" if works(found) else "bold red"))
+        output.print(table)
+    output.print()
+    output.print(Text(_verdict(found), "bold green" if works(found) else "bold red"))
 
 
 def _mark(one: Capability) -> tuple[str, str]:

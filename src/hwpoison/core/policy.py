@@ -5,7 +5,8 @@
 | through a guarded view, guard open | recorded, then zeros; the guard raises | the same |
 | SIGBUS handled or default | SIGBUS, address and code from the kernel | SIGBUS to the thread, address in its value |
 | SIGBUS ignored or blocked | SIGBUS: the kernel forces it, the process ends | SIGKILL |
-| in a system call | EFAULT | EFAULT and SIGBUS |
+| in a system call, faults of which come to the manager (root) | EFAULT | SIGKILL: no signal gets in before the call ends |
+| in a system call, of an unprivileged process | EFAULT | EFAULT |
 | stopped | told when it goes on | told when it goes on |
 | told before, and it touches again | SIGBUS again | SIGBUS again, SIGKILL after the limit |
 

@@ -39,11 +39,16 @@ class Channel:
     def __init__(self, session: Session, connection: socket.socket) -> None:
         self._session = session
         self._connection = connection
+        self._busy = False
         connection.setblocking(False)
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(connection, self._readable)
 
     def _readable(self) -> None:
+        if self._busy:
+            # Rare, so that the ordinary request is spared it: a client that sends more than it reads, or goes meanwhile.
+            self._loop.remove_reader(self._connection)
+            return
         try:
             data, fds = protocol.receive(self._connection)
         except BlockingIOError:
@@ -56,7 +61,7 @@ class Channel:
         if not data:
             self.close()
             return
-        self._loop.remove_reader(self._connection)
+        self._busy = True
         self._session.server.spawn(self._answer(data, fds))
 
     async def _answer(self, data: bytes, fds: list[int]) -> None:
@@ -73,6 +78,7 @@ class Channel:
         finally:
             for fd in (*fds, *reply_fds):
                 os.close(fd)
+        self._busy = False
         if self._connection.fileno() >= 0:
             self._loop.add_reader(self._connection, self._readable)
 

@@ -42,7 +42,8 @@ def measure(bench: Bench) -> Iterator[Result]:
         arrays = [("", _plain())] + [(kind, _managed(manager) if kind == "M" else _plain()) for kind in ORDER]
         for _, array in arrays:
             array[:] = 1
-        note = f"{ORDER.count('M')} mappings of {NBYTES >> 20} MiB each, the fastest of {ROUNDS} rounds; floor: numpy over plain memfds"
+        size = f"{ORDER.count('M')} mappings of {NBYTES >> 20} MiB each"
+        note = f"{size}, the fastest of {ROUNDS} rounds; floor: numpy over plain memfds"
         for name, access in (("warm sum", Array.sum), ("warm random reads", random_reads)):
             value, floor = _in_turns(access, arrays)
             yield Result(name, value * 1e3, "ms", floor * 1e3, TARGET, note)

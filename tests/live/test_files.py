@@ -1,0 +1,459 @@
+"""Memory over files: what is read, when, and what comes back to the file, whatever happens to either."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import signal
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import hwpoison
+from hwpoison import Outcome, PoisonError, State
+from tests.live.conftest import known
+from tests.live.frames import PAGE, cached_pages, forget_cached
+from tests.live.process import Child
+from tests.live.slow_files import SlowFile
+from tests.support import need, wait_until
+
+MakeFile = Callable[..., Path]
+MakeSlowFile = Callable[[bytes], SlowFile]
+MIB = 1 << 20
+
+
+@pytest.fixture
+def uncached(file: MakeFile) -> MakeFile:
+    """A file of which the page cache holds nothing."""
+
+    def make(nbytes: int) -> Path:
+        path = file(nbytes)
+        forget_cached(path)
+        need(not cached_pages(path), "a temporary folder on a disk: here the page cache is the file")
+        return path
+
+    return make
+
+
+# --- what is read ----------------------------------------------------------------------------------------------------
+
+
+def test_random_access_reads_the_pages_that_are_touched_and_no_other(manager: hwpoison.Manager, uncached: MakeFile) -> None:
+    memory = manager.open(uncached(16 * MIB))
+    pages = random.Random(1).sample(range(0, 4096, 2), 500)
+    for page in pages:
+        assert memory.buffer[page * PAGE] == known(page * PAGE + 1)[-1]
+    counted = manager.statistics()
+    assert (counted.read, counted.faults) == (500 * PAGE, 500)
+
+
+def test_sequential_access_grows_to_windows_of_2_mib(manager: hwpoison.Manager, uncached: MakeFile) -> None:
+    memory = manager.open(uncached(16 * MIB))
+    assert bytes(memory.buffer) == known(16 * MIB)
+    counted = manager.statistics()
+    assert counted.read == 16 * MIB, "no page was read twice"
+    # 1, 4, 16, 64 and 256 pages, then 512 at a time; some more where the reader catches up with a window on its way.
+    assert counted.faults <= 3 * (5 + 16 * MIB // (2 * MIB))
+
+
+def test_two_sequential_readers_of_one_mapping_do_not_disturb_each_other(
+    manager: hwpoison.Manager, uncached: MakeFile
+) -> None:
+    memory = manager.open(uncached(16 * MIB))
+    half = 8 * MIB
+    for offset in range(0, half, PAGE):
+        assert memory.buffer[offset] == memory.buffer[offset]
+        assert memory.buffer[half + offset] == memory.buffer[half + offset]
+    assert manager.statistics().faults <= 6 * (5 + half // (2 * MIB))
+
+
+def test_prefetch_brings_everything_in_while_other_threads_run(slow_file: MakeSlowFile, manager: hwpoison.Manager) -> None:
+    slow = slow_file(known(64 * PAGE))
+    memory = manager.open(slow.path, name="slow")
+    slow.hold("read")
+    prefetch = threading.Thread(target=memory.prefetch, args=(PAGE, 62 * PAGE))
+    prefetch.start()
+    wait_until(lambda: slow.waiting, "the file is being read, and this thread runs")
+    assert prefetch.is_alive()
+    slow.hold()
+    prefetch.join()
+    counted = manager.statistics()
+    assert (counted.read, counted.faults) == (62 * PAGE, 0)
+    assert bytes(memory.buffer[PAGE : 63 * PAGE]) == known(63 * PAGE)[PAGE:]
+    assert manager.statistics().faults == 0
+
+
+@pytest.mark.parametrize("how", ["sequential", "random", "prefetch", "write"])
+def test_the_page_cache_does_not_grow_with_ours(how: str, manager: hwpoison.Manager, uncached: MakeFile) -> None:
+    path = uncached(8 * MIB)
+    memory = manager.open(path, "r+" if how == "write" else "r")
+    if how == "prefetch":
+        memory.prefetch()
+    elif how == "random":
+        for page in random.Random(2).sample(range(2048), 300):
+            memory.buffer[page * PAGE]
+    else:
+        assert bytes(memory.buffer) == known(8 * MIB)
+    if how == "write":
+        memory.buffer[:] = known(8 * MIB, 2)
+        memory.flush()
+    assert cached_pages(path) == 0
+    assert path.read_bytes() == known(8 * MIB, 2 if how == "write" else 1)
+
+
+def test_the_page_cache_does_not_grow_when_an_unprivileged_user_reads_a_file_of_somebody_else(
+    nobody: Callable[..., Child], request: pytest.FixtureRequest
+) -> None:
+    folder = tempfile.TemporaryDirectory()
+    request.addfinalizer(folder.cleanup)
+    os.chmod(folder.name, 0o755)
+    path = Path(folder.name, "data.bin")
+    path.write_bytes(known(8 * MIB))
+    forget_cached(path)
+    need(not cached_pages(path), "a temporary folder on a disk: here the page cache is the file")
+    code = """
+with hwpoison.Manager() as manager:
+    memory = manager.open(arguments[0])
+    say(memory.read(0, memory.nbytes)[-8:].hex())
+"""
+    with nobody(code, str(path)) as child:
+        assert child.hear() == known(8 * MIB)[-8:].hex()
+        assert child.wait() == 0
+    assert cached_pages(path) == 0
+
+
+# --- a file that changes ---------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_shrinks_under_us_raises_and_gives_no_zeros(manager: hwpoison.Manager, file: MakeFile) -> None:
+    path = file(8 * PAGE)
+    memory = manager.open(path)
+    assert memory.read(0, PAGE) == known(PAGE)
+    os.truncate(path, 5 * PAGE + 10)
+    with pytest.raises(PoisonError) as caught:
+        memory.read(5 * PAGE, 3 * PAGE)
+    assert caught.value.ranges == ((str(path), 5 * PAGE, 3 * PAGE),)
+    assert memory.read(0, PAGE) == known(PAGE), "what was there is still there"
+    reasons = {event.detail for event in manager.events() if event.kind == "error"}
+    assert reasons == {"the file shrank"}
+    with pytest.raises(OSError):
+        memory.discard(6 * PAGE, PAGE)
+    assert memory.lost() == [(str(path), 5 * PAGE, 3 * PAGE)]
+    touch = """
+manager = hwpoison.connect(arguments[0])
+memory = manager.attach(arguments[1])
+say(memory.buffer[7 * 4096])
+"""
+    with Child(touch, manager.socket, str(path)) as child:
+        assert child.wait() == -signal.SIGBUS
+
+
+def _rewrite(path: Path, content: bytes) -> None:
+    with path.open("r+b") as file:
+        file.write(content)
+
+
+def test_a_page_of_a_file_that_somebody_has_changed_is_lost_not_mixed(manager: hwpoison.Manager, file: MakeFile) -> None:
+    path = file(4 * PAGE)
+    memory = manager.open(path)
+    told: list[hwpoison.Notice] = []
+    memory.on_failure(told.append)
+    assert memory.read(0, 3 * PAGE) == known(3 * PAGE)
+    before = path.stat()
+    _rewrite(path, known(4 * PAGE, 2))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    failure = manager.report(memory, PAGE)
+    assert (failure.state, failure.outcome) == (State.CLEAN_FILE, Outcome.RECOVERED)
+    assert failure.victims == (os.getpid(),)
+    assert "changed by somebody else" in failure.reason
+    with pytest.raises(PoisonError) as caught:
+        memory.read(0, 4 * PAGE)
+    assert sorted(caught.value.ranges) == [(str(path), PAGE, PAGE), (str(path), 3 * PAGE, PAGE)]
+    wait_until(lambda: len(told) == 2, "both losses are told")
+    assert [(notice.offset, notice.reason) for notice in told] == [
+        (offset, "the file was changed by somebody else") for offset in (PAGE, 3 * PAGE)
+    ]
+    assert memory.read(0, PAGE) + memory.read(2 * PAGE, PAGE) == known(PAGE) + known(3 * PAGE)[2 * PAGE :]
+    assert memory.discard() == 2 * PAGE
+    assert memory.read(3 * PAGE, PAGE) == known(4 * PAGE, 2)[3 * PAGE :]
+
+
+def test_nothing_is_ever_read_from_a_file_that_takes_the_place_of_the_one_that_was_opened(
+    manager: hwpoison.Manager, file: MakeFile
+) -> None:
+    path = file(4 * PAGE)
+    memory = manager.open(path)
+    assert memory.read(0, PAGE) == known(PAGE)
+    file(4 * PAGE, "new.bin", 2).rename(path)
+    # The old file has lost its name, and so its identity has changed: what was not read in is not trusted.
+    with pytest.raises(PoisonError):
+        memory.read(0, 4 * PAGE)
+    memory.discard()
+    assert memory.read(0, 4 * PAGE) == known(4 * PAGE)
+
+
+def test_while_somebody_rewrites_the_file_no_read_gives_anything_but_the_version_that_was_opened(
+    manager: hwpoison.Manager, file: MakeFile
+) -> None:
+    pages = 64
+    path = file(pages * PAGE)
+    need(tells_changes_apart(path), "a file system whose times tell two changes apart")
+    rewrite = """
+versions = [bytes.fromhex(one) for one in arguments[1]]
+file = open(arguments[0], "r+b", buffering=0)
+say()
+number = 0
+while True:
+    number += 1
+    os.pwrite(file.fileno(), versions[number % 2], 0)
+"""
+    intact = 0
+    for _ in range(30):
+        _rewrite(path, known(pages * PAGE))
+        memory = manager.open(path)
+        with Child(rewrite, str(path), [known(pages * PAGE, version).hex() for version in (2, 3)]) as child:
+            child.hear()
+            for page in range(pages):
+                if page % 8 == 0 and page:
+                    manager.report(memory, (page - 4) * PAGE)
+                try:
+                    content = memory.read(page * PAGE, PAGE)
+                except PoisonError:
+                    continue
+                assert content == known((page + 1) * PAGE)[page * PAGE :], "another version"
+                intact += 1
+        memory.close()
+        wait_until(lambda: manager.objects() == [], "the object ends")
+    del intact
+
+
+def tells_changes_apart(path: Path) -> bool:
+    """True if a change shows in the file's times although one came just before."""
+    times = set()
+    with path.open("r+b", buffering=0) as file:
+        for _ in range(20):
+            os.pwrite(file.fileno(), known(8), 0)
+            times.add(os.fstat(file.fileno()).st_ctime_ns)
+    return len(times) == 20
+
+
+def test_what_a_file_fails_to_read_raises_and_can_be_had_when_it_reads_again(
+    slow_file: MakeSlowFile, manager: hwpoison.Manager
+) -> None:
+    slow = slow_file(known(4 * PAGE))
+    memory = manager.open(slow.path, name="slow")
+    assert memory.read(0, PAGE) == known(PAGE)
+    slow.fail(read=errno.EIO)
+    failure = manager.report(memory, 0)
+    assert (failure.state, failure.outcome, failure.victims) == (State.CLEAN_FILE, Outcome.RECOVERED, (os.getpid(),))
+    assert "Input/output error" in failure.reason
+    memory.prefetch()
+    assert memory.lost() == [("slow", 0, PAGE)], "a prefetch loses nothing"
+    with pytest.raises(PoisonError):
+        memory.read(2 * PAGE, 1)
+    with pytest.raises(OSError) as caught:
+        memory.discard()
+    assert caught.value.errno == errno.EIO
+    assert memory.lost() == [("slow", 0, PAGE), ("slow", 2 * PAGE, PAGE)]
+    slow.fail()
+    assert memory.read(PAGE, PAGE) == known(2 * PAGE)[PAGE:]
+    assert memory.discard() == 2 * PAGE
+    assert memory.read(0, 4 * PAGE) == known(4 * PAGE)
+
+
+# --- less memory than content ----------------------------------------------------------------------------------------
+
+
+def test_a_file_that_is_larger_than_the_memory_limit_is_read_right(uncached: MakeFile) -> None:
+    nbytes, limit = 24 * MIB, 2 * MIB
+    with hwpoison.Manager(memory_limit=limit) as manager:
+        memory = manager.open(uncached(nbytes))
+        expected = known(nbytes)
+        for _ in range(2):
+            for offset in range(0, nbytes, MIB):
+                assert memory.buffer[offset : offset + MIB] == expected[offset : offset + MIB]
+                assert manager.statistics().memory_present <= limit
+        chance = random.Random(3)
+        for _ in range(500):
+            offset = chance.randrange(nbytes - 100)
+            assert memory.buffer[offset : offset + 100] == expected[offset : offset + 100]
+        memory.prefetch()
+        assert manager.statistics().memory_present <= limit
+        assert manager.statistics().dropped >= 2 * (nbytes - limit)
+        with pytest.raises(MemoryError):
+            manager.allocate(limit + 1)
+
+
+def test_a_file_that_is_larger_than_the_memory_limit_is_written_right(file: MakeFile) -> None:
+    nbytes, limit = 12 * MIB, 1 * MIB
+    path = file(nbytes)
+    with hwpoison.Manager(memory_limit=limit) as manager:
+        memory = manager.open(path, "r+")
+        expected = bytearray(known(nbytes))
+        chance = random.Random(4)
+        for offset in range(0, nbytes, MIB):
+            memory.buffer[offset : offset + MIB] = expected[offset : offset + MIB] = known(MIB, 2 + offset // MIB)
+        for _ in range(500):
+            offset = chance.randrange(nbytes - 100)
+            memory.buffer[offset : offset + 100] = expected[offset : offset + 100] = chance.randbytes(100)
+            offset = chance.randrange(nbytes - 100)
+            assert memory.buffer[offset : offset + 100] == expected[offset : offset + 100]
+        assert manager.statistics().memory_present <= limit
+    assert path.read_bytes() == expected
+
+
+# --- what comes back to the file -------------------------------------------------------------------------------------
+
+
+def test_flush_returns_when_everything_is_written_and_then_synced(
+    slow_file: MakeSlowFile, manager: hwpoison.Manager
+) -> None:
+    slow = slow_file(known(64 * PAGE))
+    memory = manager.open(slow.path, "r+", name="slow")
+    memory.buffer[:] = known(64 * PAGE, 2)
+    assert "write" not in slow.done, "nothing is written before it is asked for"
+    memory.flush()
+    assert slow.content == known(64 * PAGE, 2)
+    done = slow.done
+    assert done.index("write") < len(done) - 1 - done[::-1].index("write") or done.count("write") == 1
+    assert done[-1] == "sync"
+    memory.buffer[5 * PAGE] ^= 1
+    memory.flush()
+    assert slow.done[len(done) :] == ["write", "sync"], "only what has changed is written"
+    assert slow.content == bytes(memory.buffer)
+
+
+def test_a_second_flush_does_not_return_before_what_the_first_has_on_its_way(
+    slow_file: MakeSlowFile, manager: hwpoison.Manager
+) -> None:
+    slow = slow_file(known(PAGE))
+    memory = manager.open(slow.path, "r+", name="slow")
+    memory.buffer[:] = known(PAGE, 2)
+    slow.hold("write")
+    flushes = [threading.Thread(target=memory.flush), threading.Thread(target=memory.flush)]
+    flushes[0].start()
+    wait_until(lambda: slow.waiting, "the page is on its way")
+    flushes[1].start()
+    # The manager answers these after it has seen the second flush, and would have synced.
+    for _ in range(50):
+        manager.statistics()
+    assert slow.done.count("sync") == 0
+    assert [flush.is_alive() for flush in flushes] == [True, True]
+    slow.hold()
+    for flush in flushes:
+        flush.join()
+    assert slow.content == known(PAGE, 2)
+
+
+def test_a_write_that_fails_is_told_and_the_content_is_kept_for_the_next_flush(
+    slow_file: MakeSlowFile, manager: hwpoison.Manager
+) -> None:
+    slow = slow_file(known(2 * PAGE))
+    memory = manager.open(slow.path, "r+", name="slow")
+    for operation in ("write", "sync"):
+        memory.buffer[:] = known(2 * PAGE, len(operation))
+        slow.fail(**{operation: errno.ENOSPC})
+        with pytest.raises(OSError) as caught:
+            memory.flush()
+        assert caught.value.errno == errno.ENOSPC
+        assert manager.objects()[0].dirty == 2 * PAGE
+        slow.fail()
+        memory.flush()
+        assert slow.content == known(2 * PAGE, len(operation))
+        assert manager.objects()[0].dirty == 0
+    assert memory.lost() == []
+
+
+WRITER = """
+manager = hwpoison.connect(arguments[0])
+memory = manager.open(arguments[1], "r+")
+mine, rounds = arguments[2], arguments[3]
+for number in range(1, rounds + 1):
+    for page in range(mine, memory.nbytes // 4096, 2):
+        memory.buffer[page * 4096 : (page + 1) * 4096] = bytes([10 * mine + number]) * 4096
+    if number % 3 == 0:
+        memory.flush()
+say()
+hear()
+manager.close()
+"""
+
+
+def test_two_processes_that_write_different_pages_of_a_file_lose_nothing_of_each_other(
+    manager: hwpoison.Manager, file: MakeFile
+) -> None:
+    path = file(64 * PAGE)
+    with Child(WRITER, manager.socket, str(path), 0, 9) as even, Child(WRITER, manager.socket, str(path), 1, 9) as odd:
+        for child in (even, odd):
+            child.hear()
+        memory = manager.open(path, "r+")
+        expected = (bytes([9]) * PAGE + bytes([19]) * PAGE) * 32
+        assert bytes(memory.buffer) == expected
+        memory.buffer[0] = 77
+        for child in (even, odd):
+            child.tell()
+            assert child.wait() == 0
+        memory.close()
+    assert path.read_bytes() == bytes([77]) + expected[1:]
+
+
+@pytest.mark.parametrize("end", ["close", "exit", "kill"])
+def test_the_last_client_leaves_its_changes_in_the_file_however_it_ends(
+    end: str, manager: hwpoison.Manager, file: MakeFile
+) -> None:
+    path = file(16 * PAGE + 5)
+    code = """
+manager = hwpoison.connect(arguments[0])
+memory = manager.open(arguments[1], "r+")
+memory.buffer[:] = bytes.fromhex(arguments[2])
+say()
+if hear() == "close":
+    memory.close()
+    say()
+else:
+    os._exit(0)
+"""
+    changed = known(16 * PAGE + 5, 2)
+    with Child(code, manager.socket, str(path), changed.hex()) as child:
+        child.hear()
+        assert path.read_bytes() == known(16 * PAGE + 5)
+        if end == "kill":
+            child.signal(signal.SIGKILL)
+        else:
+            child.tell(end)
+        if end == "close":
+            child.hear()
+            assert path.read_bytes() == changed
+        child.wait()
+    wait_until(lambda: manager.objects() == [], "the object ends")
+    assert path.read_bytes() == changed
+
+
+def test_a_client_that_is_killed_in_the_middle_of_its_flush_loses_nothing(
+    slow_file: MakeSlowFile, manager: hwpoison.Manager
+) -> None:
+    slow = slow_file(known(8 * PAGE))
+    slow.hold("write")
+    code = """
+manager = hwpoison.connect(arguments[0])
+memory = manager.open(arguments[1], "r+", name="slow")
+for page in (0, 2, 5):
+    memory.buffer[page * 4096] ^= 255
+memory.flush()
+"""
+    with Child(code, manager.socket, str(slow.path)) as child:
+        wait_until(lambda: slow.waiting, "the first page is being written")
+        child.signal(signal.SIGKILL)
+        child.wait()
+    wait_until(lambda: manager.objects()[0].mappings == 0, "the manager has seen it")
+    slow.hold()
+    wait_until(lambda: manager.objects() == [], "the object ends")
+    expected = bytearray(known(8 * PAGE))
+    for page in (0, 2, 5):
+        expected[page * PAGE] ^= 255
+    assert slow.content == expected
+    assert slow.done[-1] == "sync"
