@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from hwpoison.app.manager import BaseManager, Manager, SharedManager, connect
     from hwpoison.app.memory import Memory
     from hwpoison.core.records import Failure, Notice, Outcome, State
-    from hwpoison.errors import PoisonError, Range, UnsupportedError
+    from hwpoison.errors import EHWPOISON, PoisonError, Range, UnsupportedError
 
 __all__ = [
+    "EHWPOISON",
     "BaseManager",
     "Failure",
     "Manager",
@@ -40,7 +41,7 @@ _PLACES = {
     "app.manager": ("BaseManager", "Manager", "SharedManager", "connect"),
     "app.memory": ("Memory",),
     "core.records": ("Failure", "Notice", "Outcome", "State"),
-    "errors": ("PoisonError", "Range", "UnsupportedError"),
+    "errors": ("EHWPOISON", "PoisonError", "Range", "UnsupportedError"),
 }
 
 

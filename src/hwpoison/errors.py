@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 EHWPOISON = 133
-"""The kernel's errno for "memory page has hardware error"; Python's `errno` module has it on Linux only."""
+"""The kernel's errno for "memory page has hardware error", which Python's `errno` module does not have."""
 
 
 class Range(NamedTuple):

@@ -90,12 +90,9 @@ class Server:
         os.write(1, json.dumps(value).encode() + b"\n")
 
     def _obey(self) -> bool:
-        line = b""
-        while not line.endswith(b"\n"):
-            byte = os.read(0, 1)
-            if not byte:
-                return False
-            line += byte
+        line = sys.stdin.buffer.readline()
+        if not line:
+            return False
         order = json.loads(line)
         self.hold = set(order.get("hold", self.hold))
         self.fail = order.get("fail", self.fail)

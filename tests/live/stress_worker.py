@@ -17,6 +17,7 @@ import select
 import signal
 import sys
 import traceback
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ class Worker:
         self.random = random.Random(f"{seed} {slot} {generation}")
         self.scratch = os.memfd_create("scratch")
         self.marker_name = f"marker {slot}.{generation}"
+        self.refusals: deque[tuple[Kind, int]] = deque(maxlen=8)
+        self.marked: deque[tuple[Kind, int]] = deque(maxlen=8)
+        """Pages that were refused to a system call, which leaves a marker in the page table."""
         self.told = 0
         self.markers_told = 0
         self.notices = os.open(folder / f"notices {slot}.{generation}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -160,11 +164,18 @@ class Worker:
     # --- reading: anybody's pages
 
     def somewhere(self, most: int = 16) -> tuple[Kind, int, int]:
+        """Anywhere, or where this process was refused lately."""
         kind = self.random.choice(KINDS)
         count = self.random.randint(1, most)
         first = self.random.randrange(kind.pages)
+        if self.refusals and self.random.random() < 0.3:
+            kind, first = self.random.choice(self.refusals)
         self.table.latest[self.slot] = (kind.number, first)
         return kind, first, min(count, kind.pages - first)
+
+    def look(self, kind: Kind, first: int, count: int, read: Callable[[], bytes]) -> None:
+        if not self.table.checked(kind, first, count, read):
+            self.refusals.append((kind, first))
 
     def range_of(self, kind: Kind, first: int, count: int) -> tuple[int, int]:
         return first * PAGE, min((first + count) * PAGE, kind.nbytes)
@@ -184,7 +195,7 @@ class Worker:
             except OSError as error:
                 raise self.refused(error, kind) from error
 
-        self.table.checked(kind, first, count, read)
+        self.look(kind, first, count, read)
 
     def read(self) -> None:
         self.look_by_read(*self.somewhere())
@@ -200,7 +211,7 @@ class Worker:
             except OSError as error:
                 raise self.refused(error, kind) from error
 
-        self.table.checked(kind, first, count, read)
+        self.look(kind, first, count, read)
 
     def look_and_check(self) -> None:
         """Two nested guards, and `check` before the bytes are used."""
@@ -218,13 +229,15 @@ class Worker:
                     return data
 
                 with hwpoison.guard(self.memories[kind]):
-                    self.table.checked(kind, first, count, read)
+                    self.look(kind, first, count, read)
         except hwpoison.PoisonError as error:
             self.refused(error, kind)
 
     def look_by_system_call(self) -> None:
         """What write(2) takes from the ordinary view: EFAULT, or as many bytes as could be had, and never a signal."""
         kind, first, _ = self.somewhere()
+        if self.marked and self.random.random() < 0.5:
+            kind, first = self.random.choice(self.marked)
         start, end = self.range_of(kind, first, 1)
         memory = self.memories[kind]
 
@@ -239,11 +252,12 @@ class Worker:
                 if done == end - start:
                     return os.pread(self.scratch, done, 0)
                 if any(one.offset <= start < one.offset + one.nbytes for one in memory.lost()):
+                    self.marked.append((kind, first))
                     raise Refused
                 # Brought back in the meantime, or never lost: then it must go well some time.
             raise AssertionError(f"page {first} of {kind} is refused, and is not lost")
 
-        self.table.checked(kind, first, 1, read)
+        self.look(kind, first, 1, read)
 
     def load(self) -> None:
         """Through the ordinary view, page by page: this process may be struck."""
@@ -252,7 +266,7 @@ class Worker:
             start, end = self.range_of(kind, page, 1)
             self.table.touching[self.slot] = (kind.number, page)
             buffer = self.memories[kind].buffer
-            self.table.checked(kind, page, 1, lambda: bytes(buffer[start:end]))  # noqa: B023
+            self.look(kind, page, 1, lambda: bytes(buffer[start:end]))  # noqa: B023
             self.table.touching[self.slot] = (-1, -1)
 
     # --- and the rest
@@ -272,9 +286,8 @@ class Worker:
 
 def careful(worker: Worker) -> list[Callable[[], None]]:
     """Never through the ordinary view, but by system calls: no signal may end it."""
-    often = [worker.write_own, worker.read, worker.look_in_guard, worker.see_to_losses]
-    seldom = [worker.write_own_in_halves, worker.look_and_check, worker.look_by_system_call, worker.flush, worker.prefetch]
-    return often * 4 + seldom
+    often = [worker.write_own, worker.read, worker.look_in_guard, worker.look_by_system_call, worker.see_to_losses]
+    return often * 4 + [worker.write_own_in_halves, worker.look_and_check, worker.flush, worker.prefetch]
 
 
 def ordinary(worker: Worker) -> list[Callable[[], None]]:

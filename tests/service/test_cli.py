@@ -263,7 +263,7 @@ def test_objects_lists_each_object_with_its_bytes_and_processes(manager: hwpoiso
 def test_a_manager_without_objects_says_so(manager: hwpoison.Manager) -> None:
     ended = run("objects")
 
-    assert (ended.returncode, ended.stdout) == (0, "The manager owns no memory yet.\n")
+    assert (ended.returncode, ended.stdout) == (0, "The manager owns no memory now.\n")
     assert document("objects") == {"objects": []}
 
 

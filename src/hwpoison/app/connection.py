@@ -130,6 +130,11 @@ class Connection:
         """When `mapping` is gone, the manager is told with the next request."""
         weakref.finalize(mapping, self._unmapped.append, number).atexit = False
 
+    def abandon(self) -> None:
+        """Close the channels; mappings are served on. For a process that ends."""
+        for channel in (self._control, *self._idle):
+            channel.close()
+
     def close(self) -> None:
         """Say goodbye. All mappings must be gone."""
         if self.closed:

@@ -79,6 +79,9 @@ class guard:  # noqa: N801  (used as a function)
     def __init__(self, *memories: Memory) -> None:
         if not memories:
             raise ValueError("guard() needs at least one memory")
+        for memory in memories:
+            if not hasattr(memory, "guarded_view"):
+                raise TypeError(f"guard() takes memories of a manager, not {type(memory).__name__}")
         self._memories = memories
         self._views: list[SafeView] = []
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import errno
+import operator
 import os
 import socket
 import subprocess
@@ -54,7 +57,7 @@ class BaseManager:
 
     def allocate(self, nbytes: int, name: str | None = None) -> Memory:
         """Anonymous memory, all zeros. Raises ValueError, FileExistsError (the name), MemoryError (the limit)."""
-        return self._memory(protocol.Allocate(nbytes, name))
+        return self._memory(protocol.Allocate(operator.index(nbytes), _checked_name(name)))
 
     def open(
         self,
@@ -67,8 +70,9 @@ class BaseManager:
     ) -> Memory:
         """A page cache over `nbytes` of a file from `offset` on (None: to its end); the name is the absolute path.
 
-        Opening the same range in the same mode again, here or in another process, gives the same object. Raises what
-        `open()` raises, and ValueError for another mode, a range outside the file, or what is no regular file.
+        Opening the same range in the same mode again, here or in another process, gives the same object; for another range or
+        mode at the same time pass another `name`, else FileExistsError is raised. Raises what `open()` raises too, and
+        ValueError for an unknown mode, a range outside the file, an empty file, or a FIFO, socket or device.
         """
         if mode not in ("r", "r+"):
             raise ValueError(f"mode {mode!r}: a file is opened 'r' or 'r+'")
@@ -77,14 +81,19 @@ class BaseManager:
         fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             checked_file(fd, os.fspath(path))
-            message = protocol.Open(name or os.path.abspath(path), offset, nbytes, mode == "r+")
+            message = protocol.Open(
+                _checked_name(name) or os.path.abspath(os.fspath(path)),
+                operator.index(offset),
+                None if nbytes is None else operator.index(nbytes),
+                mode == "r+",
+            )
             return self._memory(message, [fd])
         finally:
             os.close(fd)
 
     def attach(self, name: str) -> Memory:
         """An object that this or another process has made. Raises FileNotFoundError."""
-        return self._memory(protocol.Attach(name))
+        return self._memory(protocol.Attach(_checked_name(name) or ""))
 
     def _memory(self, message: protocol.Message, fds: list[int] | None = None) -> Memory:
         found, memory_fds = self.connection.request_fds(message, protocol.Found, fds)
@@ -108,6 +117,7 @@ class BaseManager:
 
         Raises FileNotFoundError for an unknown name, ValueError for an offset outside.
         """
+        offset = operator.index(offset)
         return self._report(
             Report(name=_name(memory), offset=offset, source=Source.INJECTED, action_required=action_required)
         )
@@ -186,10 +196,15 @@ class BaseManager:
                 memory.close()
             except BufferError:
                 kept.append(memory.name)
+                try:
+                    memory.flush()
+                except OSError as error:
+                    errors.append(error)
             except OSError as error:
                 errors.append(error)
         if kept:
             warnings.warn(f"still in use, kept by their views: {', '.join(kept)}", ResourceWarning, stacklevel=3)
+            atexit.register(self.connection.abandon)
         else:
             self.notices.close()
             self.connection.close()
@@ -199,8 +214,17 @@ class BaseManager:
     def __enter__(self) -> Self:
         return self
 
+    def __repr__(self) -> str:
+        return f"<hwpoison.{type(self).__name__} process {self.pid} at {self.socket}>"
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _checked_name(name: str | None) -> str | None:
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"an object's name is a str, not {type(name).__name__}")
+    return name
 
 
 def _name(memory: str | Memory) -> str:
@@ -217,7 +241,7 @@ class Manager(BaseManager):
     def __init__(
         self, *, memory_limit: int | None = None, offline_foreign: bool = False, without: Feature = NO_FEATURE
     ) -> None:
-        if memory_limit is not None and memory_limit < PAGE_SIZE:
+        if memory_limit is not None and operator.index(memory_limit) < PAGE_SIZE:
             raise ValueError(f"memory_limit is in bytes and at least one page ({PAGE_SIZE}), not {memory_limit}")
         if offline_foreign and os.geteuid():
             raise PermissionError("offline_foreign needs root: the kernel's hard offline does")
@@ -261,9 +285,15 @@ class Manager(BaseManager):
             super().close()
         finally:
             if self.connection.closed:
-                reaper = threading.Thread(target=self._process.wait, name="hwpoison-reaper", daemon=True)
-                reaper.start()
-                reaper.join(10 if alone else 0)
+                self._reaper().join(10 if alone else 0)
+            else:
+                self._reaper()
+
+    def _reaper(self) -> threading.Thread:
+        """Whoever ends last, the process is waited for."""
+        reaper = threading.Thread(target=self._process.wait, name="hwpoison-reaper", daemon=True)
+        reaper.start()
+        return reaper
 
 
 class SharedManager(BaseManager):
@@ -283,9 +313,8 @@ def connect(socket_name: str | None = None, *, maps: bool = True) -> SharedManag
         channel.connect(protocol.address_of(socket_name))
     except OSError as error:
         channel.close()
-        raise ConnectionError(
-            error.errno, f"no manager serves at {socket_name}: {error.strerror}; start one with hwpoison serve"
-        ) from error
+        why = f"no manager serves at {socket_name}: {error.strerror or error}; start one with hwpoison serve"
+        raise ConnectionError(error.errno or errno.EINVAL, why) from error
     return SharedManager(Connection(channel, socket_name, maps=maps))
 
 

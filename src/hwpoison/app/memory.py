@@ -246,6 +246,8 @@ class Memory:
         Its exceptions go to the logger "hwpoison". Returns a handle with `cancel()`.
         """
         self._check_open()
+        if not callable(function):
+            raise TypeError(f"on_failure needs a function, not {type(function).__name__}")
         return self._manager.notices.add(self, function)
 
     # --- its life

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import signal
+import struct
 import sys
 import tempfile
 import time
@@ -26,6 +28,7 @@ FILE_PAGES_MIN = 16
 FILE_BYTES_MAX = 8 << 20
 COPY_BYTES = 2 << 20
 MEMORY_BYTES = 2 << 20
+_IOC_GETFLAGS, _IOC_SETFLAGS, _SYNC_FLAG = 0x80086601, 0x40086602, 8  # linux/fs.h
 
 
 class BrokenError(click.ClickException):
@@ -129,6 +132,16 @@ def _checked(path: Path) -> int:
     return min(found, FILE_BYTES_MAX)
 
 
+def _write_through(path: Path) -> None:
+    """A write to the file shall take as long as its disk, which leaves time to strike a page that is being written back.
+
+    Where the file system can't do that, it takes more attempts.
+    """
+    with path.open("rb") as file, suppress(OSError):
+        (flags,) = struct.unpack("l", fcntl.ioctl(file, _IOC_GETFLAGS, struct.pack("l", 0)))
+        fcntl.ioctl(file, _IOC_SETFLAGS, struct.pack("l", flags | _SYNC_FLAG))
+
+
 class Identity(NamedTuple):
     """What must be the same of a file afterwards."""
 
@@ -158,6 +171,7 @@ def _stage(path: Path, nbytes: int, directory: Path) -> Iterator[Stage]:
 
     copy = directory / "copy"
     numpy.resize(numpy.fromfile(path, "u1", min(nbytes, COPY_BYTES)), COPY_BYTES).tofile(copy)
+    _write_through(copy)
     with ExitStack() as stack:
         manager = stack.enter_context(hwpoison.Manager())
         clients = [Client(manager.socket, index, CLIENTS) for index in range(CLIENTS + 1)]

@@ -37,7 +37,7 @@ STRUCK = {"file": 9, "dirty": 12, "anonymous": 7, "again": 15, "unread": 3, "idl
 READ_IN_PAGES = (1, 6, 11)
 """Tried one after the other: a strike may come before the page is on its way."""
 WRITTEN_BACK_PAGE = 14
-ATTEMPTS_MAX = 50
+ATTEMPTS_MAX = 100
 """How often a strike is tried that must meet a write in flight: it may come after it."""
 ISOLATED = {State.DIRTY_FILE, State.CLEAN_FILE, State.ANONYMOUS}
 """States of pages that had a frame."""

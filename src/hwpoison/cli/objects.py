@@ -47,5 +47,5 @@ def objects(socket: str | None, as_json: bool) -> int:
         ]  # fmt: skip
         print_table(HEADINGS, rows, numbers=HEADINGS[3:8])
     else:
-        click.echo("The manager owns no memory yet.")
+        click.echo("The manager owns no memory now.")
     return FOUND if any(one.lost for one in found) else FINE

@@ -57,7 +57,8 @@ class Books:
         try:
             return self._objects[name]
         except KeyError:
-            raise FileNotFoundError(f"there is no object {name!r}; objects() lists those that are") from None
+            known = "objects() and `hwpoison objects` list those that are"
+            raise FileNotFoundError(f"there is no object {name!r}; {known}") from None
 
     def clients(self) -> list[Client]:
         return list(self._clients.values())

@@ -217,6 +217,8 @@ async def _act(handling: Handling, row: Row) -> Outcome:
 
 def _record_report(handling: Handling) -> None:
     report, place = handling.report, handling.place
+    frame = "frame " if report.pfn is not None else ""
+    where = () if report.name is not None else (frame + report.where,)
     urgency = "action required" if report.action_required else "action optional"
     handling.books.record(
         "report",
@@ -224,7 +226,7 @@ def _record_report(handling: Handling) -> None:
         place.page,
         event_id=handling.event_id,
         pid=report.pid or 0,
-        detail=f"{report.source}, {urgency}" + ("" if report.name else f", {report.where}"),
+        detail=", ".join((str(report.source), urgency, *where)),
     )
 
 

@@ -47,6 +47,8 @@ class MemoryManager(Books):
         identity = file.identity()
         if offset < 0 or (nbytes is not None and nbytes <= 0):
             raise ValueError(f"offset {offset} and {nbytes} bytes are no range: offset >= 0 and nbytes >= 1")
+        if not identity.nbytes:
+            raise ValueError(f"{name!r} is empty; an object has at least 1 byte")
         if nbytes is None:
             nbytes = identity.nbytes - offset
         if nbytes <= 0 or offset + nbytes > identity.nbytes:
@@ -59,6 +61,8 @@ class MemoryManager(Books):
             if same_file and (known.backing.offset, known.nbytes, known.backing.writable) == (offset, nbytes, writable):
                 file.close()
                 return known
+            if same_file:
+                raise FileExistsError(f"{name!r} is open in another mode or range; pass another name= to have it twice")
         return self._create(name, nbytes, Backing(file, offset, writable, identity))
 
     def _create(self, name: str | None, nbytes: int, backing: Backing | None) -> MemoryObject:
@@ -169,8 +173,10 @@ class MemoryManager(Books):
         ways = (report.name, report.pfn, report.pid)
         complete = (report.name is None) == (report.offset is None) and (report.pid is None) == (report.address is None)
         numbers = (report.offset, report.pfn, report.pid, report.address)
-        if ways.count(None) != 2 or not complete or any(number is not None and number < 0 for number in numbers):
-            raise ValueError("a report names a page by one of: name and offset, pfn, pid and address; numbers from 0 on")
+        if ways.count(None) != 2 or not complete:
+            raise ValueError("a report names a page by one of: name and offset, pfn, pid and address")
+        if any(number is not None and number < 0 for number in numbers):
+            raise ValueError("the offset, frame, process or address of a report is 0 or more")
         if report.name is not None:
             self.find(report.name).pages_of(report.offset or 0, 1)
         return await memory_failure(self, report)

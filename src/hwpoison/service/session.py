@@ -420,7 +420,7 @@ def _information(object_: MemoryObject) -> protocol.ObjectInfo:
         kind=object_.kind,
         mode="r+" if object_.writable else "r",
         nbytes=object_.nbytes,
-        present=pages.present * size,
+        present=min(pages.present * size, object_.nbytes),
         dirty=sum(count for _, count in pages.runs(DIRTY)) * size,
         lost=sum(one.nbytes for one in object_.lost()),
         mappings=len(object_.mappings),
