@@ -26,6 +26,8 @@ MESSAGE_LIMIT = 192 << 10
 DATA_LIMIT = 128 << 10
 """Most bytes of content in one message, in whole pages for every page size up to 64 KiB."""
 DESCRIPTOR_LIMIT = 4
+ADDRESS_LIMIT = 107
+"""Most bytes of a socket's path."""
 TEXT_LIMIT = 8192
 """Most characters of an error's message: it may quote what was asked for, and must fit into a message itself."""
 
@@ -82,6 +84,12 @@ class Map(Message):
     object: int
     address: int
     guarded: bool = False
+
+
+class Release(Message):
+    """The object of a `Found` will not be mapped. Reply: `Done`."""
+
+    object: int
 
 
 class Unmap(Message):
@@ -292,17 +300,21 @@ class Told(Message):
     notice: Notice
 
 
+class Elsewhere(Message):
+    """A reply that is larger than a packet. Descriptor, the last one: a file with the reply."""
+
+
 class Missed(Message):
     """On the channel of `Listen`: more losses than could be held; ask for all that are lost."""
 
 
 Request = (
-    Hello | AddChannel | Listen | Allocate | Open | Attach | Map | Unmap | Write | Prefetch | Repair | Discard | Lost
-    | Met | Flush | ReportPage | ListObjects | GetStatistics | SyncLog | Goodbye
+    Hello | AddChannel | Listen | Allocate | Open | Attach | Map | Release | Unmap | Write | Prefetch | Repair | Discard
+    | Lost | Met | Flush | ReportPage | ListObjects | GetStatistics | SyncLog | Goodbye
 )  # fmt: skip
 Reply = (
     Done | Welcome | Found | Mapped | Count | Ranges | Handled | ObjectList | StatisticsReply | LogPlace | Failed | Told
-    | Missed
+    | Missed | Elsewhere
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()
@@ -346,6 +358,34 @@ def send(channel: socket.socket, message: Message, fds: Sequence[int] = ()) -> N
     except OverflowError:
         raise ValueError("a number of more than 64 bits: sizes, offsets, addresses and frames have at most 64") from None
     channel.sendmsg([packet], ancillary, socket.MSG_NOSIGNAL)
+
+
+def send_reply(channel: socket.socket, reply: Message, fds: Sequence[int] = ()) -> None:
+    """As `send`; a reply of any size."""
+    packet = encode(reply)
+    if len(packet) <= MESSAGE_LIMIT:
+        send(channel, reply, fds)
+        return
+    place = os.memfd_create("hwpoison:reply", os.MFD_CLOEXEC)
+    try:
+        with os.fdopen(place, "wb", closefd=False) as file:
+            file.write(packet)
+        send(channel, Elsewhere(), [*fds, place])
+    finally:
+        os.close(place)
+
+
+def receive_reply(channel: socket.socket) -> tuple[Reply, list[int]]:
+    """The reply and its descriptors. Raises EOFError if the other end is gone, `MalformedError`."""
+    data, fds = receive(channel)
+    if not data:
+        raise EOFError("it closed the connection")
+    reply = decode_reply(data)
+    if isinstance(reply, Elsewhere) and fds:
+        with os.fdopen(fds.pop(), "rb") as file:
+            file.seek(0)
+            reply = decode_reply(file.read())
+    return reply, fds
 
 
 class _Buffers(threading.local):
@@ -420,5 +460,10 @@ def error_of(message: Failed) -> Exception:
 
 
 def address_of(name: str) -> str:
-    """A socket's address for `connect` and `bind`: a name that begins with @ is in the abstract namespace."""
+    """A socket's address for `connect` and `bind`: a name that begins with @ is in the abstract namespace.
+
+    Raises OSError if it is too long.
+    """
+    if len(os.fsencode(name)) > ADDRESS_LIMIT:
+        raise OSError(errno.ENAMETOOLONG, f"a socket's path has at most {ADDRESS_LIMIT} bytes; choose a shorter one")
     return "\0" + name[1:] if name.startswith("@") else name

@@ -13,7 +13,7 @@ from hwpoison.core.manager import MemoryManager
 from hwpoison.core.mappings import Client
 from hwpoison.core.objects import MemoryObject
 from hwpoison.core.records import Event, Failure, Notice
-from hwpoison.core.recovery import read_in
+from hwpoison.core.recovery import discard, read_in
 from hwpoison.errors import UnsupportedError
 from hwpoison.linux.machine import LinuxMachine
 from hwpoison.linux.syscalls import PAGE_SIZE
@@ -72,6 +72,13 @@ class Core:
         for object_ in self.manager.objects():
             while object_.references:
                 self.manager.release(object_)
+        await self.manager.close()
+        for object_ in self.manager.objects():
+            # It outlives its users only because of what it has lost and the file has not.
+            assert object_.lost_changes
+            self.manager.hold(object_)
+            await discard(self.manager, object_, 0, object_.pages.count)
+            self.manager.release(object_)
         await self.manager.close()
         assert not self.manager.objects()
 

@@ -13,7 +13,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from hwpoison.core.locks import Held, RangeLocks
 
-PAGES = 12
+PAGES = 6
 
 
 @dataclass(eq=False)
@@ -136,6 +136,31 @@ def test_pages_are_held_inside_a_with_block_and_free_after_an_error() -> None:
                 assert not locks.free(4)
                 raise ZeroDivisionError
         assert locks.free(0, PAGES)
+
+    asyncio.run(story())
+
+
+def test_who_waits_for_the_front_of_a_range_has_it_when_the_front_is_let_go() -> None:
+    order: list[str] = []
+
+    async def wait(locks: RangeLocks, first: int, count: int, name: str) -> None:
+        async with locks.hold(first, count):
+            order.append(name)
+
+    async def story() -> None:
+        locks = RangeLocks()
+        async with asyncio.TaskGroup() as group:
+            async with locks.hold(0, 6) as held:
+                group.create_task(wait(locks, 3, 2, "behind"))
+                group.create_task(wait(locks, 0, 2, "front"))
+                await asyncio.sleep(0)
+                held.release_front(1)
+                await asyncio.sleep(0)
+                assert order == []
+                held.release_front(1)
+                await asyncio.sleep(0)
+                assert order == ["front"]
+        assert order == ["front", "behind"]
 
     asyncio.run(story())
 

@@ -47,12 +47,13 @@ class Worker:
         self.notices = os.open(folder / f"notices {slot}.{generation}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self.manager = hwpoison.connect(socket)
         self.marker = self.manager.allocate(PAGE, self.marker_name)
+        self.marker.on_failure(self.on_notice)  # from here on it is told of whatever it maps
         self.memories = {
             ANONYMOUS: self.manager.attach("anonymous"),
             BOOK: self.manager.open(folder / "book", "r+", name="book"),
             CONSTANT: self.manager.open(folder / "constant", name="constant"),
         }
-        for memory in (self.marker, *self.memories.values()):
+        for memory in self.memories.values():
             memory.on_failure(self.on_notice)
         for kind, memory in self.memories.items():
             self.table.addresses[slot, 1 + kind.number] = memory.address

@@ -72,6 +72,7 @@ def demo(*arguments: str, prefix: list[str] | None = None) -> subprocess.Complet
 
 
 def document(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert done.stdout, done.stderr
     loaded: dict[str, Any] = json.loads(done.stdout)
     assert loaded["version"] == 1
     return loaded

@@ -307,3 +307,30 @@ os._exit(0)
         assert child.hear() == 3 * TELL_LIMIT
         assert child.wait() == 0
     assert kills(manager, child.pid) == []
+
+
+def test_a_store_that_goes_on_after_a_discard_is_seen_as_a_change_of_the_file(
+    manager: hwpoison.Manager, file: Callable[..., Path]
+) -> None:
+    path = file(2 * PAGE)
+    memory = manager.open(path, "r+", name="t")
+    code = """
+at_bus_error(lambda *_: memory.discard())
+memory.buffer[4096] = 1
+manager.inject("t", 4096)
+memory.buffer[4096 + 5] = 77
+say(memory.buffer[4096])
+hear()
+os._exit(0)
+"""
+    with Child(ATTACH + HANDLER + code, manager.socket) as child:
+        assert child.hear() == known(PAGE + 1)[-1], "the first change is lost and was discarded"
+        with pytest.raises(OSError):
+            memory.flush()
+        expected = bytearray(known(2 * PAGE))
+        expected[PAGE + 5] = 77
+        assert path.read_bytes() == expected
+        assert manager.inject("t", PAGE).state is hwpoison.State.CLEAN_FILE
+        assert bytes(memory.buffer) == expected
+        child.tell()
+        assert child.wait() == 0

@@ -399,7 +399,7 @@ memory = manager.open(arguments[1], "r+")
 pages = arguments[2]
 say()
 rounds, lost = 0, set()
-for rounds in range(1, 61):
+for rounds in range(1, 41):
     for page in range(pages):
         try:
             memory.write(page * 4096, rounds.to_bytes(8, "little") * 512)
@@ -438,7 +438,7 @@ say()
         child.ask()
         assert child.wait() == 0
     assert {State.CLEAN_FILE, State.DIRTY_FILE} <= states
-    assert path.read_bytes() == (60).to_bytes(8, "little") * 512 * pages
+    assert path.read_bytes() == (40).to_bytes(8, "little") * 512 * pages
 
 
 # --- already poisoned page -------------------------------------------------------------------------------------------

@@ -180,19 +180,20 @@ def _with_prefetch_unanswered(path: str) -> None:
 
 def _with_dirty_pages(path: str) -> None:
     _, mapping, _ = _file(path)
-    _dirty(mapping)
+    dirty(mapping)
 
 
 def _with_flush_unanswered(path: str) -> None:
     client, mapping, number = _file(path)
-    _dirty(mapping)
+    dirty(mapping)
     client.send(protocol.Flush(number))
 
 
-def _dirty(mapping: mmap.mmap) -> None:
-    # Every second page, in an order that is no stream: many writes instead of one.
+def dirty(memory: mmap.mmap | bytearray) -> bytes:
+    """Change every second page, in an order that is no stream: many writes instead of one. What the memory holds then."""
     for page in reversed(range(0, FILE_PAGES, 2)):
-        mapping[page * PAGE_SIZE] = ord("d")
+        memory[page * PAGE_SIZE] = ord("d")
+    return bytes(memory)
 
 
 VANISH: dict[str, Callable[[str], None]] = {

@@ -28,7 +28,7 @@ from hwpoison.linux import userfaultfd
 from hwpoison.linux.quarantine import PIPE_FRAMES
 from hwpoison.linux.syscalls import PAGE_SIZE
 from hwpoison.service.session import NOTICES_LIMIT
-from tests.service.raw import FILE_PAGES, VANISH, RawClient
+from tests.service.raw import FILE_PAGES, VANISH, RawClient, dirty
 from tests.support import SECONDS_MAX, need, wait_until
 
 SERVE = "import sys; from hwpoison.service.daemon import serve; sys.exit(serve(sys.argv[1]))"
@@ -450,18 +450,20 @@ def test_a_report_of_what_nobody_has_is_an_unknown_page(client: RawClient, repor
     assert (reply.failure.state, reply.failure.outcome, reply.failure.victims) == (State.UNKNOWN, Outcome.IGNORED, ())
 
 
-def test_a_name_is_free_once_the_last_mapping_is_gone(client: RawClient, vanishing: Path) -> None:
-    name = str(vanishing)
-    for writable in (True, False, True):
-        with vanishing.open("r+b") as file:
-            message = protocol.Open(name, 0, None, writable=writable)
-            # It is answered when what was changed through the mapping before has been written.
-            mapping, number = client.mapped(message, (file.fileno(),))
-        if writable:
-            mapping[0] = 1
-        del mapping
-        client.mappings.pop().close()
-        assert client.ask(protocol.Unmap(number)) == protocol.Done()
+def test_a_name_is_free_once_the_last_mapping_is_gone_and_what_it_changed_is_in_the_file(
+    client: RawClient, vanishing: Path
+) -> None:
+    with vanishing.open("r+b") as file:
+        mapping, number = client.mapped(protocol.Open(str(vanishing), 0, None, writable=True), (file.fileno(),))
+        expected = dirty(mapping)
+        # One right after the other: the second comes while the manager still writes.
+        client.send(protocol.Unmap(number))
+        unmapped = client.ask(protocol.Open(str(vanishing), 0, None, writable=False), (file.fileno(),))
+        assert unmapped == protocol.Done()
+        found = client.receive()
+        assert isinstance(found, protocol.Found)
+        assert not found.writable
+    assert vanishing.read_bytes() == expected
 
 
 # --- clients that stop
@@ -486,9 +488,7 @@ def test_a_client_may_vanish_at_any_moment(served: Served, vanishing: Path, wher
     vanish(served.path, where)
     if where in ("with dirty pages", "with flush unanswered"):
         served.assert_well()
-        expected = bytearray(b"." * FILE_PAGES * PAGE_SIZE)
-        expected[:: 2 * PAGE_SIZE] = b"d" * (FILE_PAGES // 2)
-        assert vanishing.read_bytes() == expected
+        assert vanishing.read_bytes() == dirty(bytearray(b"." * FILE_PAGES * PAGE_SIZE))
 
 
 def test_a_client_that_reads_no_replies_loses_its_channel(client: RawClient) -> None:

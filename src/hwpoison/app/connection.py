@@ -105,10 +105,7 @@ class Connection:
         channel: socket.socket, message: protocol.Message, fds: list[int] | None = None
     ) -> tuple[protocol.Message, list[int]]:
         protocol.send(channel, message, fds or ())
-        data, reply_fds = protocol.receive(channel)
-        if not data:
-            raise EOFError("it closed the connection")
-        return protocol.decode_reply(data), reply_fds
+        return protocol.receive_reply(channel)
 
     def _channel(self) -> socket.socket:
         with suppress(IndexError):

@@ -70,8 +70,9 @@ class BaseManager:
     ) -> Memory:
         """A page cache over `nbytes` of a file from `offset` on (None: to its end); the name is the absolute path.
 
-        Opening the same range in the same mode again, here or in another process, gives the same object; for another range or
-        mode at the same time pass another `name`, else FileExistsError is raised. Raises what `open()` raises too, and
+        Opening the same range in the same mode again, here or in another process, gives the same object; for another range
+        or mode at the same time pass another `name`, else FileExistsError is raised: also while that version of the file is
+        in use and the file has changed since, or while changes to it are lost. Raises what `open()` raises too, and
         ValueError for an unknown mode, a range outside the file, an empty file, or a FIFO, socket or device.
         """
         if mode not in ("r", "r+"):
@@ -82,7 +83,7 @@ class BaseManager:
         try:
             checked_file(fd, os.fspath(path))
             message = protocol.Open(
-                _checked_name(name) or os.path.abspath(os.fspath(path)),
+                _checked_name(name) or os.fsencode(os.path.abspath(path)).decode("utf-8", "backslashreplace"),
                 operator.index(offset),
                 None if nbytes is None else operator.index(nbytes),
                 mode == "r+",
@@ -101,12 +102,15 @@ class BaseManager:
             memory = Memory(self, found, memory_fds[0])
         except BaseException:
             os.close(memory_fds[0])
+            with suppress(OSError, ValueError):
+                self.connection.request(protocol.Release(found.object), protocol.Done)
             raise
         self._memories.append(memory)
         return memory
 
     def forget(self, memory: Memory) -> None:
         """It was closed."""
+        self.notices.forget(memory)
         with suppress(ValueError):
             self._memories.remove(memory)
 
@@ -308,6 +312,8 @@ def connect(socket_name: str | None = None, *, maps: bool = True) -> SharedManag
     socket_name = socket_name or os.environ.get(SOCKET_VARIABLE)
     if not socket_name:
         raise ConnectionError(f"no manager is named: pass its socket, or set {SOCKET_VARIABLE} (hwpoison run does)")
+    if not socket_name.startswith("@"):
+        socket_name = os.path.abspath(socket_name)
     channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         channel.connect(protocol.address_of(socket_name))

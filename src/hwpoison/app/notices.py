@@ -21,9 +21,9 @@ log = logging.getLogger("hwpoison")
 class Handle:
     """What `on_failure` returns."""
 
-    def __init__(self, notices: Notices, name: str, function: Callable[[Notice], object]) -> None:
+    def __init__(self, notices: Notices, memory: Memory, function: Callable[[Notice], object]) -> None:
         self._notices = notices
-        self._entry = (name, function)
+        self._entry = (memory, function)
 
     def cancel(self) -> None:
         """Call the function no more."""
@@ -36,21 +36,24 @@ class Notices:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._lock = threading.Lock()
-        self._functions: list[tuple[str, Callable[[Notice], object]]] = []
-        self._memories: dict[str, Memory] = {}
+        self._functions: list[tuple[Memory, Callable[[Notice], object]]] = []
         self._channel: socket.socket | None = None
 
     def add(self, memory: Memory, function: Callable[[Notice], object]) -> Handle:
         """Call `function` for each loss of `memory`."""
         with self._lock:
-            self._functions.append((memory.name, function))
-            self._memories[memory.name] = memory
+            self._functions.append((memory, function))
             if self._channel is None:
                 self._channel = self._connection.new_channel(protocol.Listen())
                 threading.Thread(target=self._run, args=(self._channel,), name="hwpoison-notices", daemon=True).start()
-        return Handle(self, memory.name, function)
+        return Handle(self, memory, function)
 
-    def remove(self, entry: tuple[str, Callable[[Notice], object]]) -> None:
+    def forget(self, memory: Memory) -> None:
+        """It is closed: its functions are called no more."""
+        with self._lock:
+            self._functions = [entry for entry in self._functions if entry[0] is not memory]
+
+    def remove(self, entry: tuple[Memory, Callable[[Notice], object]]) -> None:
         with self._lock:
             if entry in self._functions:
                 self._functions.remove(entry)
@@ -72,7 +75,9 @@ class Notices:
         if isinstance(message, protocol.Told):
             self._call(message.notice)
         elif isinstance(message, protocol.Missed):
-            for memory in list(self._memories.values()):
+            with self._lock:
+                memories = {memory.name: memory for memory, _ in self._functions}
+            for memory in memories.values():
                 if not memory.closed:
                     for name, offset, nbytes in memory.lost():
                         self._call(Notice(event_id="", name=name, offset=offset, nbytes=nbytes, state=State.UNKNOWN,
@@ -80,7 +85,7 @@ class Notices:
 
     def _call(self, notice: Notice) -> None:
         with self._lock:
-            functions = [function for name, function in self._functions if name == notice.name]
+            functions = [function for memory, function in self._functions if memory.name == notice.name]
         for function in functions:
             try:
                 function(notice)

@@ -45,7 +45,9 @@ class GuardedView:
         return memoryview(self._mapping)[: self._nbytes]
 
     def enter(self) -> int:
-        """One guard more; what it has seen of the count so far."""
+        """One guard more; what it has seen of the count so far. Raises ConnectionError in a forked child."""
+        # A child shares the words with its parent, and must not touch them.
+        self._connection.check()
         with self._lock:
             if not self._looking and self._words[self._met_word] != self._clean:
                 # Somebody has used the view outside of all guards. What was left there must not meet this one.
@@ -95,7 +97,9 @@ class GuardedView:
         return [Range(self._name, *one) for one in reply.ranges]
 
     def close(self) -> None:
-        """Raises BufferError if there are arrays or memoryviews of it."""
+        """Raises BufferError if there are open guards, arrays or memoryviews of it."""
+        if self._looking:
+            raise BufferError(f"{self._name!r} is being guarded; end its guards before close()")
         try:
             self._mapping.close()
         except BufferError:
@@ -116,6 +120,10 @@ def array_over(
 ) -> numpy.ndarray[Any, Any]:
     """A numpy array over a buffer, with the arguments that `numpy.memmap` has."""
     item = numpy.dtype(dtype)
+    if item.hasobject:
+        raise ValueError(f"{item} holds Python objects; managed memory holds bytes: choose another dtype")
+    if offset < 0 or (shape is not None and any(one < 0 for one in numpy.atleast_1d(shape))):
+        raise ValueError(f"offset {offset} and shape {shape} are 0 or more")
     if shape is None:
         if offset < 0 or (len(buffer) - offset) % item.itemsize:
             raise ValueError(f"{len(buffer) - offset} bytes from offset {offset} are no whole number of {item}; pass shape=")

@@ -75,8 +75,8 @@ class Handling:
     def page(self) -> int:
         return self.place.page
 
-    def loss(self, reason: str = "") -> Loss:
-        return Loss(self.event_id, self.state, Outcome.RECOVERED, reason)
+    def loss(self, outcome: Outcome) -> Loss:
+        return Loss(self.event_id, self.state, outcome, self.reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +213,10 @@ async def _act(handling: Handling, row: Row) -> Outcome:
         # Compaction has moved the page since it was found: the frame of the report is not ours any more.
         handling.reason = "the page has moved to another frame"
         return Outcome.IGNORED
+    except OSError as error:
+        # No memory, for instance. The page is as it was, or absent, and then its next access brings it.
+        handling.reason = f"the system refused what was needed: {error.strerror}"
+        return Outcome.FAILED
 
 
 def _record_report(handling: Handling) -> None:
@@ -311,13 +315,13 @@ async def _lose(handling: Handling) -> Outcome:
     if frame is None:
         return _lose_block(handling)
     isolated = _quarantine(handling, frame)
-    handling.victims = lose(books, object_, page, handling.loss())
+    handling.victims = lose(books, object_, page, handling.loss(isolated))
     return isolated
 
 
 def _lose_block(handling: Handling) -> Outcome:
     handling.reason = "the page is part of a large frame, which was given up whole"
-    handling.victims = lose_block(handling.books, handling.object, handling.page, handling.loss(handling.reason))
+    handling.victims = lose_block(handling.books, handling.object, handling.page, handling.loss(Outcome.FAILED))
     return Outcome.FAILED
 
 

@@ -66,7 +66,8 @@ def _at_once(books: Books, mapping: Mapping, page: int, write: bool) -> bool:
     object_.store.publish(page, content)
     object_.pages.arrived(page, 1, books.reclaim.arrived(object_, 1))
     mapping.wake(page)
-    books.statistics.pages_read += 1
+    if backing is not None:
+        books.statistics.pages_read += 1
     next_window(mapping.reads, page, 1)
     return True
 

@@ -153,8 +153,8 @@ class File(Protocol):
     async def read(self, offset: int, nbytes: int) -> Content:
         """The bytes, fewer only at the end of the file."""
 
-    async def write(self, offset: int, content: Content) -> None:
-        """Write it all."""
+    async def write(self, offset: int, content: Content) -> tuple[Identity, Identity]:
+        """Write it all; the identity right before and right after."""
 
     async def sync(self) -> None:
         """All that was written is on the disk when this returns."""

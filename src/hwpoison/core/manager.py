@@ -59,10 +59,21 @@ class MemoryManager(Books):
         if known is not None and known.backing is not None and known.backing.identity is not None:
             same_file = known.backing.identity[:2] == identity[:2]
             if same_file and (known.backing.offset, known.nbytes, known.backing.writable) == (offset, nbytes, writable):
+                if not known.backing.writing and known.backing.identity != identity:
+                    raise FileExistsError(
+                        f"{name!r} was changed since it was opened here, and that version is still in use; close it, or "
+                        "pass another name="
+                    )
                 file.close()
                 return known
             if same_file:
                 raise FileExistsError(f"{name!r} is open in another mode or range; pass another name= to have it twice")
+        for other in self.objects():
+            if other.lost_changes and other.backing is not None and other.backing.file.identity()[:2] == identity[:2]:
+                raise FileExistsError(
+                    f"changes to this file that were made as {other.name!r} are lost, and it holds what was there before; "
+                    f"open it as {other.name!r} in the same mode and range, and repair() or discard() what is in lost()"
+                )
         return self._create(name, nbytes, Backing(file, offset, writable, identity))
 
     def _create(self, name: str | None, nbytes: int, backing: Backing | None) -> MemoryObject:
@@ -105,7 +116,9 @@ class MemoryManager(Books):
             # What reclaim writes back needs no lock any more, but it needs the file.
             for page in [page for run in object_.pages.runs(WRITEBACK) for page in range(run[0], run[0] + run[1])]:
                 await object_.written_back(page)
-            if object_.references or object_.closed:
+            if object_.references or object_.closed or object_.lost_changes:
+                # What was lost of a file's changes must not be read as what the file held before: who opens it again
+                # finds the loss.
                 return
             object_.closed = True
             del self._objects[object_.name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from hwpoison.core.locks import RangeLocks
@@ -39,10 +39,12 @@ class Backing:
     offset: int
     writable: bool
     identity: Identity | None
-    writing: int = 0
-    """Own writes in flight. While there are any, the file's identity says nothing."""
+    writing: bool = False
+    """An own write is in flight: meanwhile the file's identity says nothing."""
     writes: int = 0
     """Own writes that have ended."""
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by the one who writes."""
 
 
 class MemoryObject:
@@ -102,6 +104,11 @@ class MemoryObject:
     def pages_in(self, nbytes: int) -> int:
         """How many pages so many bytes are, at least one: limits are in bytes, as page sizes differ."""
         return max(1, nbytes // self.page_size)
+
+    @property
+    def lost_changes(self) -> bool:
+        """True if something is lost that the file does not have."""
+        return any(loss.state is State.DIRTY_FILE for loss in self.losses.values())
 
     def is_present(self, page: int) -> bool:
         return bool(self.pages.flags[page] & PRESENT)

@@ -138,26 +138,29 @@ def _well(object_: MemoryObject, first: int, count: int) -> Iterator[tuple[int, 
 
 
 async def _write(books: Books, object_: MemoryObject, first: int, count: int, copy: bytes) -> OSError | None:
-    """Write one run. The file's identity before it must be ours, and is ours again after it."""
+    """Write one run. Only one's own write may lie between the identity that is known and the next one."""
     backing = object_.backing
     assert backing is not None
-    if not backing.writing and backing.identity is not None and backing.file.identity() != backing.identity:
-        backing.identity = None
-        books.record("error", object_, detail="the file was changed by somebody else")
-    backing.writing += 1
-    try:
-        await backing.file.write(backing.offset + first * object_.page_size, copy[: object_.nbytes_of(first, count)])
-    except OSError as error:
-        return error
-    else:
-        books.statistics.pages_written += count
-        return None
-    finally:
-        backing.writing -= 1
-        backing.writes += 1
-        if not backing.writing and backing.identity is not None:
-            backing.identity = backing.file.identity()
-        object_.io_ended()
+    async with backing.turn:
+        backing.writing = True
+        try:
+            content = copy[: object_.nbytes_of(first, count)]
+            before, after = await backing.file.write(backing.offset + first * object_.page_size, content)
+        except OSError as error:
+            # Some of it may be written, so the file's times may be of our making.
+            if backing.identity is not None:
+                backing.identity = backing.file.identity()
+            return error
+        else:
+            if backing.identity is not None and before != backing.identity:
+                books.record("error", object_, detail="the file was changed by somebody else")
+            backing.identity = after if before == backing.identity else None
+            books.statistics.pages_written += count
+            return None
+        finally:
+            backing.writing = False
+            backing.writes += 1
+            object_.io_ended()
 
 
 def _dirty_again(object_: MemoryObject, first: int, count: int) -> None:

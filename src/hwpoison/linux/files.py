@@ -11,6 +11,7 @@ import errno
 import mmap
 import os
 import stat
+import threading
 from concurrent.futures import Executor
 from contextlib import suppress
 
@@ -39,6 +40,7 @@ class LinuxFile:
         self._workers = workers
         self._scratch = mmap.mmap(-1, AT_ONCE_BYTES)
         self._mapped = (0, 0)
+        self._mapping_lock = threading.Lock()
         # To those who neither own the file nor may write to it, mincore says that all of it is in the page cache.
         by_descriptor = f"/proc/self/fd/{fd}"
         may_write = os.access(by_descriptor, os.W_OK, effective_ids=True)
@@ -93,34 +95,38 @@ class LinuxFile:
         """True if the page cache has all of it. The file's mapping is only asked, never read."""
         if not self._told_what_is_cached:
             return False
-        address, length = self._mapped
         begin = offset // PAGE_SIZE * PAGE_SIZE
-        if offset + nbytes > length:
-            length = -(-os.fstat(self._fd).st_size // PAGE_SIZE) * PAGE_SIZE
+        # The event loop and the workers come here: what one has unmapped, another must not unmap again.
+        with self._mapping_lock:
+            address, length = self._mapped
             if offset + nbytes > length:
-                return False
-            old = self._mapped
-            try:
-                address = syscalls.map_memory(length, mmap.PROT_READ, mmap.MAP_SHARED, self._fd)
-            except OSError:
-                return False
-            self._mapped = (address, length)
-            if old[1]:
-                syscalls.unmap_memory(*old)
+                length = -(-os.fstat(self._fd).st_size // PAGE_SIZE) * PAGE_SIZE
+                if offset + nbytes > length:
+                    return False
+                old = self._mapped
+                try:
+                    address = syscalls.map_memory(length, mmap.PROT_READ, mmap.MAP_SHARED, self._fd)
+                except OSError:
+                    return False
+                self._mapped = (address, length)
+                if old[1]:
+                    syscalls.unmap_memory(*old)
         try:
             return syscalls.all_resident(address + begin, offset + nbytes - begin)
         except OSError:
             return False
 
-    async def write(self, offset: int, content: Content) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._workers, self._write, offset, content)
+    async def write(self, offset: int, content: Content) -> tuple[Identity, Identity]:
+        return await asyncio.get_running_loop().run_in_executor(self._workers, self._write, offset, content)
 
-    def _write(self, offset: int, content: Content) -> None:
+    def _write(self, offset: int, content: Content) -> tuple[Identity, Identity]:
+        before = self.identity()
         view = memoryview(content)
         while view:
             done = os.pwrite(self._fd, view, offset)
             offset += done
             view = view[done:]
+        return before, self.identity()
 
     async def sync(self) -> None:
         await asyncio.get_running_loop().run_in_executor(self._workers, self._sync)

@@ -27,6 +27,8 @@ BOARD_SLOTS = BOARD_BYTES // 16
 
 WORKERS_OF_CLIENT = 4
 """Workers that one client can make wait for its mmap lock: the others are for other clients."""
+ATTEMPTS = 1000
+"""How often an ioctl is tried that the kernel wants to be tried again."""
 
 _GONE = (errno.ESRCH, errno.ENOENT)
 """The process has ended, or has unmapped the range: nobody is left to be told."""
@@ -145,7 +147,13 @@ class LinuxSpace:
 
 def _closing(call: Callable[[int, int, int], None], fd: int, address: int, nbytes: int) -> None:
     try:
-        call(fd, address, nbytes)
+        for attempts_left in reversed(range(ATTEMPTS)):
+            try:
+                return call(fd, address, nbytes)
+            except BlockingIOError:
+                # EAGAIN: the kernel took an empty page table away at this moment; MADV_DONTNEED does that in new ones.
+                if not attempts_left:
+                    raise
     finally:
         os.close(fd)
 

@@ -95,14 +95,17 @@ class LinuxStore:
         moved = os.splice(self.fd, self._transit[1], PAGE_SIZE, offset_src=offset, flags=os.SPLICE_F_NONBLOCK)
         assert moved == PAGE_SIZE, f"{moved} bytes of a page pinned"
         # Only now that it is pinned does the page keep its frame: compaction moves others at any time.
-        frame = LinuxFrame(self._transit[0], self._quarantine, self.number(page))
-        if number is not None and frame.number != number:
+        frame = LinuxFrame(self._transit[0], self._quarantine, None)
+        try:
+            frame.number = self.number(page)
+            if number is not None and frame.number != number:
+                raise StaleFrameError(errno.ESTALE, f"page {page} is not in frame {number:#x} any more")
+            syscalls.punch_hole(self.fd, offset, PAGE_SIZE)
+            if self.present(page):
+                raise NotIsolatedError(errno.EBUSY, f"page {page} is part of a large frame, which is in use")
+        except OSError:
             frame.release()
-            raise StaleFrameError(errno.ESTALE, f"page {page} is not in frame {number:#x} any more")
-        syscalls.punch_hole(self.fd, offset, PAGE_SIZE)
-        if self.present(page):
-            frame.release()
-            raise NotIsolatedError(errno.EBUSY, f"page {page} is part of a large frame, which is in use")
+            raise
         return frame
 
     def drop(self, first: int, count: int) -> None:

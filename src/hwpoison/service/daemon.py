@@ -33,6 +33,8 @@ def serve(socket_path: str, *, memory_limit: int | None = None, offline_foreign:
 
     Raises FileExistsError if somebody serves there, OSError if it can't be used, `UnsupportedError`.
     """
+    if not socket_path.startswith("@"):
+        socket_path = os.path.abspath(socket_path)
     listener = _listen(socket_path)
     try:
         _run(listener, socket_path, None, memory_limit=memory_limit, offline_foreign=offline_foreign)

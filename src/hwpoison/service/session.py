@@ -86,7 +86,7 @@ class Channel:
         if self._connection.fileno() < 0:
             return
         try:
-            protocol.send(self._connection, reply, fds or ())
+            protocol.send_reply(self._connection, reply, fds or ())
         except OSError:
             # It is gone, or has sent many requests without reading one reply.
             self.close()
@@ -210,7 +210,9 @@ class Session:
             case protocol.Allocate() | protocol.Open() | protocol.Attach():
                 return self._found(await self._object(request, fds))
             case protocol.Map():
-                return self._map(request), []
+                return await self._map(request), []
+            case protocol.Release():
+                self._release(request)
             case protocol.Unmap():
                 self._unmap(self._mapping(request.mapping))
             case protocol.Goodbye():
@@ -338,7 +340,7 @@ class Session:
         )
         return reply, [fd]
 
-    def _map(self, request: protocol.Map) -> protocol.Message:
+    async def _map(self, request: protocol.Map) -> protocol.Message:
         manager = self.server.manager
         held = self._about_to_map.get(request.object)
         known = next((one.object for one in self._mappings.values() if one.object.number == request.object), None)
@@ -361,7 +363,20 @@ class Session:
         if held:
             held.pop()
             manager.release(object_)
+        if object_.tracks_dirt and slot is None:
+            # The client has done it, but a page that was taken away before this mapping was known can have lost its marker.
+            try:
+                await self._space.protect(request.address, object_.pages.count * object_.page_size)
+            except OSError:
+                self._unmap(mapping)
+                raise
         return protocol.Mapped(mapping.number, slot.index if slot else -1)
+
+    def _release(self, request: protocol.Release) -> None:
+        held = self._about_to_map.get(request.object)
+        if not held:
+            raise ValueError(f"object {request.object} is not held for this client")
+        self.server.manager.release(held.pop())
 
     def _unmap(self, mapping: Mapping) -> None:
         del self._mappings[mapping.number]
