@@ -106,7 +106,7 @@ def test_every_page_holds_what_was_written_to_it_or_is_lost(run: Run, kind: str,
         count = owners * PAGES_EACH
         object_ = core.allocate(count) if kind == "anonymous" else core.open(core.new_file(count), writable=True)
         world = World(core, object_, seed)
-        others = [asyncio.create_task(one) for one in (world.striker(), world.striker(), world.flusher())]
+        others = [asyncio.create_task(one) for one in (world.striker(), world.striker(), world.flusher(), world.flusher())]
         await asyncio.gather(*(world.owner(range(first, first + PAGES_EACH)) for first in range(0, count, PAGES_EACH)))
         world.running = False
         await asyncio.gather(*others)

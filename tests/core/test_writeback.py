@@ -10,12 +10,13 @@ import pytest
 
 from hwpoison.core.failure import memory_failure
 from hwpoison.core.objects import MemoryObject
-from hwpoison.core.pages import DIRTY, LOST, WRITEBACK
+from hwpoison.core.pages import DIRTY, LOST, POISONED, WRITEBACK
 from hwpoison.core.records import Outcome, Report, State
 from hwpoison.core.recovery import write
 from hwpoison.core.writeback import write_back_all
 from hwpoison.linux.syscalls import PAGE_SIZE
 from tests.core.conftest import Core, Run
+from tests.support import need
 
 
 async def dirtied(core: Core, pages: int) -> MemoryObject:
@@ -57,6 +58,31 @@ def test_a_page_that_was_struck_before_its_turn_is_not_written_to_the_file(run: 
         assert [content[page * PAGE_SIZE :][:3] for page in range(4)] == [b"new", b"new", b"1:2", b"new"]
         assert list(object_.pages.runs(DIRTY)) == []
         assert list(object_.pages.runs(LOST)) == [(2, 1)]
+
+    run(story)
+
+
+def test_a_page_that_was_struck_and_is_well_after_all_is_written_by_the_same_flush(run: Run) -> None:
+    async def story(core: Core) -> None:
+        need(core.machine.knows_frames, "the privilege to know frame numbers")
+        object_ = await dirtied(core, 1)
+        number = object_.store.number(0)  # type: ignore[attr-defined]
+        before = object_.locks.hold(0)
+        await object_.locks.acquire(before)
+        flushing = asyncio.create_task(write_back_all(core.manager, object_))
+        failing = asyncio.create_task(memory_failure(core.manager, Report(pfn=number)))
+        while not object_.pages.flags[0] & POISONED:  # noqa: ASYNC110  (it looks for the frame in a thread)
+            await asyncio.sleep(0)
+        # As compaction does it: the bad frame is not the page's any more.
+        frame = object_.store.take(0)
+        assert frame is not None
+        object_.store.publish(0, b"new".ljust(PAGE_SIZE))
+        frame.release()
+        object_.locks.release(before)
+        assert await flushing is None
+        assert (await failing).outcome is Outcome.IGNORED
+        assert file_content(object_)[:3] == b"new"
+        assert list(object_.pages.runs(DIRTY)) == []
 
     run(story)
 

@@ -99,6 +99,10 @@ class Server:
         if "content" in order:
             self.content[:] = bytes.fromhex(order["content"])
             self.changed_ns = time.time_ns()
+        if name := order.get("let"):
+            one = next(one for one in self.waiting if _NAMES[one.operation] == name)
+            self.waiting.remove(one)
+            self._answer(one)
         ready = [one for one in self.waiting if _NAMES[one.operation] not in self.hold]
         self.waiting = [one for one in self.waiting if one not in ready]
         for request in ready:
@@ -222,6 +226,10 @@ class SlowFile:
     def hold(self, *operations: str) -> None:
         """Keep these ("read", "write", "sync") waiting from now on, and let all others through."""
         self._ask({"hold": operations})
+
+    def let(self, operation: str) -> None:
+        """Let the first that waits of this operation through."""
+        self._ask({"let": operation})
 
     def fail(self, **operations: int) -> None:
         """Let these operations fail with an errno from now on, and no others."""

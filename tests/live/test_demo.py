@@ -6,9 +6,11 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,16 +44,25 @@ EXPECTED = [
 
 
 @pytest.fixture(autouse=True)
-def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever a demo writes is in the test's folder, where it has to be gone afterwards; so have its processes."""
-    (tmp_path / "temporary").mkdir()
-    (tmp_path / "temporary").chmod(0o777)
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
-    monkeypatch.setenv("HWPOISON_LOG", str(tmp_path / "events.db"))
+def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where a demo writes whatever it writes, which has to be gone afterwards; and so have its processes.
+
+    Everybody may write there: pytest's own folders are for their user alone.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="hwpoison-test-"))
+    temporary = folder / "temporary"
+    for one in (folder, temporary):
+        one.mkdir(exist_ok=True)
+        one.chmod(0o777)
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setenv("HWPOISON_LOG", str(folder / "events.db"))
     monkeypatch.delenv("NO_COLOR", raising=False)
-    yield
-    wait_until(lambda: not processes_of(tmp_path), "all that the demo started has ended")
-    assert os.listdir(tmp_path / "temporary") == []
+    try:
+        yield folder
+        wait_until(lambda: not processes_of(folder), "all that the demo started has ended")
+        assert os.listdir(temporary) == []
+    finally:
+        shutil.rmtree(folder)
 
 
 def processes_of(folder: Path) -> list[str]:
@@ -105,13 +116,10 @@ def test_every_row_of_the_handlers_table_is_struck_and_ends_as_it_must() -> None
     assert (done.returncode, shown["ok"], shown["problems"]) == (0, True, [])
 
 
-def test_an_unprivileged_user_sees_the_same(tmp_path: Path) -> None:
+def test_an_unprivileged_user_sees_the_same() -> None:
     need(os.geteuid() == 0, "root, to become another user")
     probe = subprocess.run([*UNPRIVILEGED, sys.executable, "-c", "import hwpoison"], capture_output=True, check=False)
     need(probe.returncode == 0, "a checkout and an interpreter that another user can use")
-    # A folder of pytest's is for its user alone: this demo has no event log, and carries on without.
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o711)
     shown = document(demo("--json", prefix=UNPRIVILEGED))
     assert [row["content"] for row in shown["scenarios"] if row["ok"]] == [one[3] for one in EXPECTED]
 
@@ -121,8 +129,8 @@ def test_an_unprivileged_user_sees_the_same(tmp_path: Path) -> None:
     [(16 * PAGE_SIZE, 16 * PAGE_SIZE), (20 * PAGE_SIZE + 1, 20 * PAGE_SIZE + 1), ((8 << 20) + 1, 8 << 20)],
     ids=["the smallest that will do", "no whole number of pages", "larger than is used"],
 )
-def test_a_given_file_is_used_and_left_as_it_is(tmp_path: Path, nbytes: int, used: int) -> None:
-    path = random_file(tmp_path / "given", nbytes)
+def test_a_given_file_is_used_and_left_as_it_is(folder: Path, nbytes: int, used: int) -> None:
+    path = random_file(folder / "given", nbytes)
     before = path.read_bytes(), path.stat().st_mtime_ns
     done = demo("--file", str(path), "--json")
     file = document(done)["file"]
@@ -171,8 +179,8 @@ def read_terminal(fd: int) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["missing", "a directory", "a FIFO", "too small", "unreadable"])
-def test_a_file_that_cannot_be_used_is_one_line_and_status_2(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / "given"
+def test_a_file_that_cannot_be_used_is_one_line_and_status_2(folder: Path, kind: str) -> None:
+    path = folder / "given"
     prefix: list[str] = []
     if kind == "a directory":
         path.mkdir()
@@ -223,15 +231,15 @@ WRONG_MANAGERS = {
 
 
 @pytest.mark.parametrize("wrong", WRONG_MANAGERS)
-def test_a_manager_that_does_wrong_is_found_out(wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_manager_that_does_wrong_is_found_out(wrong: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     defect, found = WRONG_MANAGERS[wrong]
     # Every Python runs this first; only the manager becomes a wrong one.
     start = "import os, sys\nif 'hwpoison.service.daemon' in sys.orig_argv:\n"
     imports = (
         "from hwpoison.core import failure\nfrom hwpoison.core.records import Outcome\nfrom hwpoison.service import server\n"
     )
-    (tmp_path / "sitecustomize.py").write_text(start + textwrap.indent(imports + textwrap.dedent(defect), "    "))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    (folder / "sitecustomize.py").write_text(start + textwrap.indent(imports + textwrap.dedent(defect), "    "))
+    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
     done = demo("--json")
     assert done.returncode == 1, done.stdout
     shown = document(done)

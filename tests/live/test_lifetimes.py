@@ -417,6 +417,49 @@ def test_a_client_that_is_stopped_holds_up_nobody(manager: hwpoison.Manager, fil
         assert bytes.fromhex(written) == known(2 * PAGE_SIZE) + page("w") * (pages - 2)
 
 
+def test_a_page_is_read_in_although_others_never_stop_writing_to_its_file(
+    manager: hwpoison.Manager, slow_file: MakeSlowFile
+) -> None:
+    content = known(8 * PAGE_SIZE)
+    slow = slow_file(content)
+    book = manager.open(slow.path, "r+")
+
+    def flush_page(index: int) -> threading.Thread:
+        book.write(index * PAGE_SIZE, page("w"))
+        thread = threading.Thread(target=book.flush)
+        thread.start()
+        return thread
+
+    def waiting(operation: str) -> list[int]:
+        return [offset // PAGE_SIZE for name, offset, _ in slow.waiting if name == operation]
+
+    with Child(CONNECT + "memory = manager.attach(arguments[1])\nsay()\nhear()\nsay(memory.buffer[7 * 4096])\n",
+               manager.socket, book.name) as reader:  # fmt: skip
+        reader.hear()
+        slow.hold("read", "write")
+        reader.tell()
+        wait_until(lambda: waiting("read") == [7], "the page is being read")
+        flushes = [flush_page(0)]
+        wait_until(lambda: waiting("write") == [0], "the first write is under way")
+        # What was read beside a write is of no use: nobody can say whether others have changed the file meanwhile.
+        slow.let("read")
+        for index in range(1, 7):
+            flushes.append(flush_page(index))
+            slow.let("write")
+            wait_until(lambda: slow.waiting, "a write or a read is next")
+            for _ in range(10):
+                manager.statistics()
+            if waiting("read"):
+                slow.let("read")
+            wait_until(lambda: waiting("write"), "the next write is under way")
+        assert reader.hear() == content[7 * PAGE_SIZE], "although a write is under way, and all the time was"
+        slow.hold()
+        for one in flushes:
+            one.join(SECONDS_MAX)
+    book.close()
+    assert slow.content == page("w") * 7 + content[7 * PAGE_SIZE :]
+
+
 HOLDING_ITS_MMAP_LOCK = """
 import ctypes
 memory = manager.open(arguments[1], "r+")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import resource
 import select
 import signal
 from collections.abc import Callable
@@ -171,6 +172,23 @@ def test_bad_frames_stay_in_quarantine_under_memory_pressure_and_for_a_while_aft
     finally:
         os.close(keeper_ends)
         os.close(manager_ends)
+
+
+def test_where_the_system_holds_no_more_frames_the_page_is_well_and_the_frame_is_said_not_to_be_isolated(
+    manager: hwpoison.Manager, file: MakeFile
+) -> None:
+    memory = manager.open(file(2 * PAGE))
+    touch(memory)
+    limits = resource.prlimit(manager.pid, resource.RLIMIT_NOFILE)
+    # A limit below what is open already: the manager gets no pipe to hold a frame in.
+    resource.prlimit(manager.pid, resource.RLIMIT_NOFILE, (5, limits[1]))
+    failure = manager.report(memory, 0)
+    resource.prlimit(manager.pid, resource.RLIMIT_NOFILE, limits)
+    assert (failure.state, failure.outcome, failure.victims) == (State.CLEAN_FILE, Outcome.FAILED, ())
+    assert "quarantine is full" in failure.reason
+    assert touch(memory) == known(2 * PAGE)
+    assert manager.statistics().quarantined == 0
+    assert manager.report(memory, 0).outcome == Outcome.RECOVERED
 
 
 # --- dirty file page -------------------------------------------------------------------------------------------------

@@ -205,6 +205,15 @@ VANISH: dict[str, Callable[[str], None]] = {
     )
 }  # fmt: skip
 
+
+def _stray(path: str) -> None:
+    client = RawClient(path).hello()
+    mapping, _ = client.show(*client.found(protocol.Allocate(PAGE_SIZE, "vanishing")))
+    mapping[0]
+
+
+STRAY = "stray"
+
 if __name__ == "__main__":
-    VANISH[sys.argv[2]](sys.argv[1])
+    (VANISH | {STRAY: _stray})[sys.argv[2]](sys.argv[1])
     os.kill(os.getpid(), signal.SIGKILL)

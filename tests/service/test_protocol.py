@@ -28,7 +28,7 @@ from hwpoison.linux import userfaultfd
 from hwpoison.linux.quarantine import PIPE_FRAMES
 from hwpoison.linux.syscalls import PAGE_SIZE
 from hwpoison.service.session import NOTICES_LIMIT
-from tests.service.raw import FILE_PAGES, VANISH, RawClient, dirty
+from tests.service.raw import FILE_PAGES, STRAY, VANISH, RawClient, dirty
 from tests.support import SECONDS_MAX, need, wait_until
 
 SERVE = "import sys; from hwpoison.service.daemon import serve; sys.exit(serve(sys.argv[1]))"
@@ -423,7 +423,7 @@ WRONG_REPORTS = {
     "an offset alone": Report(offset=0),
     "a process alone": Report(pid=1),
     "an address alone": Report(address=PAGE_SIZE),
-    "two ways": Report(name="witness", offset=0, pfn=1),
+    "two ways": Report(name="witness", offset=0, pid=1, address=PAGE_SIZE),
     "a frame below the first": Report(pfn=-1),
     "an address below the first": Report(pid=1, address=-PAGE_SIZE),
     "an offset below the first": Report(name="witness", offset=-1),
@@ -432,6 +432,7 @@ WRONG_REPORTS = {
 
 @pytest.mark.parametrize("what", WRONG_REPORTS)
 def test_a_report_that_names_no_page_is_refused(client: RawClient, what: str) -> None:
+    need(WRONG_REPORTS[what].pfn is None or os.geteuid() == 0, "the privilege to know frame numbers")
     assert client.error(protocol.ReportPage(WRONG_REPORTS[what])) == "ValueError"
 
 
@@ -445,6 +446,7 @@ def test_a_report_that_names_no_page_is_refused(client: RawClient, what: str) ->
     ],
 )
 def test_a_report_of_what_nobody_has_is_an_unknown_page(client: RawClient, report: Report) -> None:
+    need(report.pfn is None or os.geteuid() == 0, "the privilege to know frame numbers")
     reply = client.ask(protocol.ReportPage(report))
     assert isinstance(reply, protocol.Handled)
     assert (reply.failure.state, reply.failure.outcome, reply.failure.victims) == (State.UNKNOWN, Outcome.IGNORED, ())
@@ -477,10 +479,11 @@ def test_a_client_may_be_gone_before_its_hello_is_read(served: Served) -> None:
         served.go_on()
 
 
-def vanish(path: str, where: str) -> None:
+def vanish(path: str, where: str, number: signal.Signals = signal.SIGKILL) -> None:
+    """A process that ends by a signal at some point of what it has to say."""
     raw = Path(__file__).with_name("raw.py")
     process = subprocess.run([sys.executable, raw, path, where], timeout=SECONDS_MAX, check=False)
-    assert process.returncode == -signal.SIGKILL
+    assert process.returncode == -number
 
 
 @pytest.mark.parametrize("where", VANISH)
@@ -489,6 +492,22 @@ def test_a_client_may_vanish_at_any_moment(served: Served, vanishing: Path, wher
     if where in ("with dirty pages", "with flush unanswered"):
         served.assert_well()
         assert vanishing.read_bytes() == dirty(bytearray(b"." * FILE_PAGES * PAGE_SIZE))
+
+
+def test_memory_that_the_manager_was_not_told_of_is_sigbus_and_never_zeros(served: Served) -> None:
+    vanish(served.path, STRAY, signal.SIGBUS)
+
+
+def test_a_reply_that_is_larger_than_a_packet_arrives_whole() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    reply = protocol.Ranges([(2 * page * PAGE_SIZE, PAGE_SIZE) for page in range(100_000)], 100_000)
+    with ours, theirs, open(os.devnull) as beside:
+        protocol.send_reply(ours, reply, [beside.fileno()])
+        received, fds = protocol.receive_reply(theirs)
+        assert received == reply
+        assert len(fds) == 1
+        assert os.path.samestat(os.fstat(fds[0]), os.fstat(beside.fileno()))
+        os.close(fds[0])
 
 
 def test_a_client_that_reads_no_replies_loses_its_channel(client: RawClient) -> None:

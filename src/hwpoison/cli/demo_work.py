@@ -315,6 +315,15 @@ def _requests(channel: Connection, work: Work) -> Iterator[tuple[str, tuple[Any,
             work.step()
 
 
+def _answer(work: Work, request: str, arguments: tuple[Any, ...]) -> tuple[bool, Any]:
+    """Whether it was done, and what came of it."""
+    try:
+        return True, getattr(work, request)(*arguments)
+    except Exception as error:  # noqa: BLE001
+        # The demo says it.
+        return False, f"{request}(): {type(error).__name__}: {error}"
+
+
 def main() -> int:
     """Do what the demo asks for until it goes away."""
     parser = argparse.ArgumentParser("client of the hwpoison demo")
@@ -327,15 +336,13 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with Connection(options.channel) as channel, hwpoison.connect(options.socket) as manager:
         work = Work(manager, options.index, options.count)
-        for request, arguments in _requests(channel, work):
-            if request == "announced":
-                channel.send(None)
-                request, arguments = arguments[0], arguments[1:]  # noqa: PLW2901
-            try:
-                channel.send((True, getattr(work, request)(*arguments)))
-            except Exception as error:  # noqa: BLE001
-                # The demo says it.
-                channel.send((False, f"{request}(): {type(error).__name__}: {error}"))
+        # The demo ends its clients by going away, also in the middle of an answer.
+        with suppress(BrokenPipeError, ConnectionResetError):
+            for request, arguments in _requests(channel, work):
+                if request == "announced":
+                    channel.send(None)
+                    request, arguments = arguments[0], arguments[1:]  # noqa: PLW2901
+                channel.send(_answer(work, request, arguments))
     return 0
 
 

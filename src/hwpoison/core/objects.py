@@ -41,10 +41,8 @@ class Backing:
     identity: Identity | None
     writing: bool = False
     """An own write is in flight: meanwhile the file's identity says nothing."""
-    writes: int = 0
-    """Own writes that have ended."""
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held by the one who writes."""
+    """Held by the one who writes, or reads what must not be beside a write."""
 
 
 class MemoryObject:

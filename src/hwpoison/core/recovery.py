@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from hwpoison.core.books import Books
 from hwpoison.core.machine import Content, Frame, NotIsolatedError
-from hwpoison.core.objects import Loss, MemoryObject
+from hwpoison.core.objects import Backing, Loss, MemoryObject
 from hwpoison.core.pages import DIRTY, LOST, POISONED, PRESENT
 from hwpoison.core.policy import tell_owners
 from hwpoison.core.records import Outcome, State
@@ -78,28 +78,29 @@ async def _read_version(object_: MemoryObject, first: int, count: int) -> Conten
     backing = object_.backing
     assert backing is not None
     offset, nbytes = backing.offset + first * object_.page_size, object_.nbytes_of(first, count)
-    while True:
-        writes = backing.writes
-        content = None
-        try:
-            if not backing.writing and _unchanged(object_):
-                content = await backing.file.read(offset, nbytes)
-                if not backing.writing and _unchanged(object_) and len(content) == nbytes:
-                    return _whole_pages(content, count * object_.page_size)
-        except OSError as error:
-            raise UnreadableError(f"reading the file failed: {error.strerror}") from error
-        if backing.writing:
-            # Our own write changes the file's times; what the identity says is decided when it has ended.
-            await object_.io_wait()
-        elif writes == backing.writes:
-            if (content is not None and len(content) < nbytes) or backing.file.identity().nbytes < offset + nbytes:
-                raise UnreadableError("the file shrank")
-            raise UnreadableError("the file was changed by somebody else")
+    try:
+        content = await _read_unchanged(backing, offset, nbytes)
+        if content is None:
+            # Beside an own write, which changes the file's times, the identity says nothing. So it is read once more in
+            # turn with the writes, of which there may be no end.
+            async with backing.turn:
+                content = await _read_unchanged(backing, offset, nbytes)
+        if content is not None:
+            return _whole_pages(content, count * object_.page_size)
+        shrank = backing.file.identity().nbytes < offset + nbytes
+    except OSError as error:
+        raise UnreadableError(f"reading the file failed: {error.strerror}") from error
+    raise UnreadableError("the file shrank" if shrank else "the file was changed by somebody else")
 
 
-def _unchanged(object_: MemoryObject) -> bool:
-    assert object_.backing is not None
-    return object_.backing.identity is not None and object_.backing.file.identity() == object_.backing.identity
+async def _read_unchanged(backing: Backing, offset: int, nbytes: int) -> Content | None:
+    """What the file holds, None if that may be of another version."""
+
+    def unchanged() -> bool:
+        return not backing.writing and backing.identity is not None and backing.file.identity() == backing.identity
+
+    content = await backing.file.read(offset, nbytes) if unchanged() else b""
+    return content if len(content) == nbytes and unchanged() else None
 
 
 def _whole_pages(content: Content, nbytes: int) -> Content:

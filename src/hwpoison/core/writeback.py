@@ -159,7 +159,6 @@ async def _write(books: Books, object_: MemoryObject, first: int, count: int, co
             return None
         finally:
             backing.writing = False
-            backing.writes += 1
             object_.io_ended()
 
 

@@ -141,7 +141,9 @@ class LinuxFile:
             syscalls.unmap_memory(*self._mapped)
         for fd in (self._fd, self._direct):
             if fd >= 0:
-                os.close(fd)
+                # Some file systems say only here what they have said to fsync; the descriptor is closed all the same.
+                with suppress(OSError):
+                    os.close(fd)
         # Whoever still comes must not meet another file under the same number.
         self._fd = self._direct = -1
 

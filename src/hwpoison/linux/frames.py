@@ -27,8 +27,12 @@ class PageMap:
         os.close(self._fd)
 
 
+OBJECT_NAME = "hwpoison:"
+"""How the names of the memfds of objects begin, and no others."""
+
+
 def mapped_by(pid: int | str, number: int) -> bool:
-    """True if the process maps the frame."""
+    """True if the process maps the frame, other than as memory of an object: that is much, and looked through by itself."""
     pagemap = PageMap(pid)
     try:
         with open(f"/proc/{pid}/maps") as maps:
@@ -36,7 +40,7 @@ def mapped_by(pid: int | str, number: int) -> bool:
                 start, _, rest = line.partition("-")
                 end = int(rest.split(" ", 1)[0], 16)
                 begin = int(start, 16)
-                if end >= 1 << 63:
+                if end >= 1 << 63 or f"/memfd:{OBJECT_NAME}" in line:
                     continue
                 for address in range(begin, end, 1 << 26):
                     if number in pagemap.numbers(address, min(end - address, 1 << 26) // PAGE_SIZE):

@@ -165,7 +165,7 @@ class Board:
     """
 
     def __init__(self) -> None:
-        self.fd = os.memfd_create("hwpoison:hits", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self.fd = os.memfd_create("hwpoison-hits", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, BOARD_BYTES)
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         self._words = memoryview(mmap.mmap(self.fd, BOARD_BYTES)).cast("Q")

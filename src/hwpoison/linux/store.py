@@ -16,7 +16,7 @@ from concurrent.futures import Executor
 
 from hwpoison.core.machine import Content, NotIsolatedError, StaleFrameError
 from hwpoison.linux import syscalls, userfaultfd
-from hwpoison.linux.frames import PageMap
+from hwpoison.linux.frames import OBJECT_NAME, PageMap
 from hwpoison.linux.quarantine import Quarantine
 from hwpoison.linux.syscalls import PAGE_SIZE
 
@@ -66,7 +66,7 @@ class LinuxStore:
         self._address = 0
         self.fd = -1
         try:
-            self.fd = os.memfd_create("hwpoison:" + name.encode()[:200].decode(errors="ignore"), os.MFD_CLOEXEC)
+            self.fd = os.memfd_create(OBJECT_NAME + name.encode()[:200].decode(errors="ignore"), os.MFD_CLOEXEC)
             os.ftruncate(self.fd, self._nbytes)
             self._map()
         except (OSError, OverflowError) as error:

@@ -58,6 +58,10 @@ class Channel:
             return
         except OSError:
             data, fds = b"", []
+        except Exception as error:  # noqa: BLE001
+            # A defect of ours must cost this client its channel, not everybody the processor.
+            self._session.server.defect("a message", error)
+            data, fds = b"", []
         if not data:
             self.close()
             return
