@@ -113,3 +113,8 @@ def asleep_in_a_fault(pid: int) -> bool:
 def keeper_of(manager_pid: int) -> int:
     """The process that holds the manager's quarantined frames."""
     return int(Path(f"/proc/{manager_pid}/task/{manager_pid}/children").read_text())
+
+
+def state_of(pid: int) -> str:
+    """As in `ps`: T is stopped, Z has ended."""
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]

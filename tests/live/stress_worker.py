@@ -252,6 +252,8 @@ class Worker:
                     done = 0
                 if done == end - start:
                     return os.pread(self.scratch, done, 0)
+                if self.manager.connection.user_mode:
+                    raise Refused  # where the kernel can't ask the manager inside a system call
                 if any(one.offset <= start < one.offset + one.nbytes for one in memory.lost()):
                     self.marked.append((kind, first))
                     raise Refused

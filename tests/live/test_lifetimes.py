@@ -1,8 +1,7 @@
-"""Failures at any moment of a process's life, and what becomes of managers whose clients go, and of clients that stall."""
+"""Failures at any moment of a process's life, and what becomes of managers whose clients go."""
 
 from __future__ import annotations
 
-import mmap
 import os
 import select
 import signal
@@ -21,7 +20,7 @@ import hwpoison
 from hwpoison import Outcome, State
 from hwpoison.linux.syscalls import PAGE_SIZE
 from tests.live.conftest import known
-from tests.live.process import Child, asleep_in_a_fault, keeper_of
+from tests.live.process import Child, asleep_in_a_fault, keeper_of, state_of
 from tests.live.slow_files import SlowFile
 from tests.support import SECONDS_MAX, wait_until
 
@@ -46,10 +45,6 @@ def watched(*pids: int) -> Iterator[Callable[[], bool]]:
     finally:
         for pidfd in pidfds:
             os.close(pidfd)
-
-
-def is_stopped(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
 
 
 # --- just attaching --------------------------------------------------------------------------------------------------
@@ -216,6 +211,44 @@ def test_a_client_that_is_killed_while_it_writes_leaves_each_write_done_or_not_b
     assert path.read_bytes() == before.to_bytes(8, "little") * PAGE_SIZE
 
 
+# --- exiting ---------------------------------------------------------------------------------------------------------
+
+FIRST_THREAD_ENDS = """
+import ctypes, platform
+memory = manager.attach("table")
+notices = []
+memory.on_failure(lambda notice: notices.append(notice.offset))
+
+def go_on():
+    hear()
+    while not notices:
+        time.sleep(0.001)
+    memory.repair(notices[0], b"r" * 4096)
+    say([notices, memory.buffer[0], memory.buffer[4096]])
+    hear()
+    os._exit(0)
+
+threading.Thread(target=go_on).start()
+say()
+ctypes.CDLL(None).syscall({"x86_64": 60, "aarch64": 93}[platform.machine()], 0)  # exit(2), of this thread only
+"""
+
+
+def test_a_client_whose_first_thread_has_ended_is_a_client_until_the_last_one_ends(manager: hwpoison.Manager) -> None:
+    table = manager.allocate(2 * PAGE_SIZE, name="table")
+    table.write(0, page("a"))
+    with Child(CONNECT + FIRST_THREAD_ENDS, manager.socket) as client:
+        client.hear()
+        wait_until(lambda: state_of(client.pid) == "Z", "its first thread ends")
+        failure = manager.inject(table, 0)
+        assert failure.victims == tuple(sorted((os.getpid(), client.pid)))
+        # It hears the notice, repairs, and touches a page for the first time.
+        assert client.ask() == [[0], ord("r"), 0]
+        client.tell()
+        assert client.wait() == 0
+    wait_until(lambda: manager.statistics().clients == 1, "it is gone")
+
+
 # --- the end of a private manager ------------------------------------------------------------------------------------
 
 OWN_MANAGER = """
@@ -362,172 +395,3 @@ def test_of_managers_that_start_at_one_socket_at_the_same_moment_one_serves_and_
                 one.kill()
             one.communicate()
     assert not path.exists()
-
-
-# --- clients that stall ----------------------------------------------------------------------------------------------
-
-STALLING = """
-anonymous, reading, writing = manager.attach("table"), manager.open(arguments[1]), manager.open(arguments[2], "r+")
-notices = []
-for memory in (anonymous, reading, writing):
-    memory.on_failure(lambda notice: notices.append(notice.event_id))
-    memory.read(8192, memory.nbytes - 8192)
-    memory.buffer[8192 :: 4096].tobytes()
-os.readv(os.open(arguments[1], os.O_RDONLY), [writing.buffer[:1]])
-try:
-    os.write(os.pipe()[1], anonymous.buffer[4096:4097])
-except OSError as error:
-    say(error.errno)
-expected = hear()
-while len(notices) < len(expected):
-    time.sleep(0.001)
-say([notices, anonymous.read(0, anonymous.nbytes).hex(), writing.read(0, writing.nbytes).hex()])
-"""
-
-
-def test_a_client_that_is_stopped_holds_up_nobody(manager: hwpoison.Manager, file: MakeFile) -> None:
-    pages = 16
-    read_only, writable = file(pages * PAGE_SIZE, "read"), file(pages * PAGE_SIZE, "written")
-    table = manager.allocate(pages * PAGE_SIZE, name="table")
-    table.write(0, page("a") * pages)
-    reading, writing = manager.open(read_only), manager.open(writable, "r+")
-    manager.inject(table, PAGE_SIZE)
-    with Child(CONNECT + STALLING, manager.socket, str(read_only), str(writable)) as stopped:
-        stopped.hear()
-        stopped.signal(signal.SIGSTOP)
-        wait_until(lambda: is_stopped(stopped.pid), "it is stopped")
-        # All that the manager does to a client's address space or says to it: watch, mark, put in the place of a mark, tell.
-        lost = []
-        for index in range(2, pages):
-            assert manager.inject(reading, index * PAGE_SIZE).state is State.CLEAN_FILE
-            assert manager.inject(writing, index * PAGE_SIZE).state is State.CLEAN_FILE
-            lost.append(manager.inject(table, index * PAGE_SIZE))
-        assert all(stopped.pid in one.victims for one in lost)
-        table.repair(PAGE_SIZE, page("r"))
-        for index in range(2, pages):
-            table.repair(index * PAGE_SIZE, page("s"))
-            writing.buffer[index * PAGE_SIZE : (index + 1) * PAGE_SIZE] = page("w")
-        writing.flush()
-        assert reading.read(0, reading.nbytes) == known(pages * PAGE_SIZE)
-        assert is_stopped(stopped.pid), "it has slept through all of it"
-        stopped.signal(signal.SIGCONT)
-        told, anonymous, written = stopped.ask([one.event_id for one in lost])
-        assert told == [one.event_id for one in lost]
-        assert bytes.fromhex(anonymous) == page("a") + page("r") + page("s") * (pages - 2)
-        assert bytes.fromhex(written) == known(2 * PAGE_SIZE) + page("w") * (pages - 2)
-
-
-def test_a_page_is_read_in_although_others_never_stop_writing_to_its_file(
-    manager: hwpoison.Manager, slow_file: MakeSlowFile
-) -> None:
-    content = known(8 * PAGE_SIZE)
-    slow = slow_file(content)
-    book = manager.open(slow.path, "r+")
-
-    def flush_page(index: int) -> threading.Thread:
-        book.write(index * PAGE_SIZE, page("w"))
-        thread = threading.Thread(target=book.flush)
-        thread.start()
-        return thread
-
-    def waiting(operation: str) -> list[int]:
-        return [offset // PAGE_SIZE for name, offset, _ in slow.waiting if name == operation]
-
-    with Child(CONNECT + "memory = manager.attach(arguments[1])\nsay()\nhear()\nsay(memory.buffer[7 * 4096])\n",
-               manager.socket, book.name) as reader:  # fmt: skip
-        reader.hear()
-        slow.hold("read", "write")
-        reader.tell()
-        wait_until(lambda: waiting("read") == [7], "the page is being read")
-        flushes = [flush_page(0)]
-        wait_until(lambda: waiting("write") == [0], "the first write is under way")
-        # What was read beside a write is of no use: nobody can say whether others have changed the file meanwhile.
-        slow.let("read")
-        for index in range(1, 7):
-            flushes.append(flush_page(index))
-            slow.let("write")
-            wait_until(lambda: slow.waiting, "a write or a read is next")
-            for _ in range(10):
-                manager.statistics()
-            if waiting("read"):
-                slow.let("read")
-            wait_until(lambda: waiting("write"), "the next write is under way")
-        assert reader.hear() == content[7 * PAGE_SIZE], "although a write is under way, and all the time was"
-        slow.hold()
-        for one in flushes:
-            one.join(SECONDS_MAX)
-    book.close()
-    assert slow.content == page("w") * 7 + content[7 * PAGE_SIZE :]
-
-
-HOLDING_ITS_MMAP_LOCK = """
-import ctypes
-memory = manager.open(arguments[1], "r+")
-memory.prefetch()
-rounds = mmap.mmap(os.open(arguments[2], os.O_RDWR), 8)
-libc = ctypes.CDLL(None)
-libc.mmap.restype = ctypes.c_void_p
-nbytes = 8 << 30
-address = ctypes.c_void_p(libc.mmap(None, ctypes.c_size_t(nbytes), 3, 0x4022, -1, 0))
-MADV_NOHUGEPAGE, MADV_POPULATE_READ = 15, 22
-for advice in (MADV_NOHUGEPAGE, MADV_POPULATE_READ):
-    assert not libc.madvise(address, ctypes.c_size_t(nbytes), advice)
-say()
-number = 0
-while not rounds[7]:
-    # An odd number while the system call walks two million pages with the lock held.
-    rounds[0] = number = number + 1 & 255
-    assert not libc.mprotect(address, ctypes.c_size_t(nbytes), 1 | number & 2)
-    rounds[0] = number = number + 1 & 255
-"""
-
-
-def test_a_client_that_holds_its_mmap_lock_holds_up_nobody_who_does_not_share_the_page(
-    manager: hwpoison.Manager, file: MakeFile, tmp_path: Path
-) -> None:
-    reports, batch = 12, 8
-    shared, own = file(reports * PAGE_SIZE, "shared"), file(8192 * PAGE_SIZE, "own")
-    (tmp_path / "rounds").write_bytes(bytes(8))
-    with (tmp_path / "rounds").open("r+b") as opened, mmap.mmap(opened.fileno(), 8) as rounds:
-        with Child(CONNECT + HOLDING_ITS_MMAP_LOCK, manager.socket, str(shared), str(tmp_path / "rounds")) as holder:
-            book = manager.open(own, "r+")
-            table = manager.allocate(8192 * PAGE_SIZE, name="table")
-            holder.hear()
-            under_way, ended, stop = set[int](), [0] * reports, threading.Event()
-
-            def fail_again_and_again(index: int) -> None:
-                """Each failure of this clean page needs the lock: it must be watched while it is absent."""
-                while not stop.is_set():
-                    under_way.add(index)
-                    manager.inject(str(shared), index * PAGE_SIZE)
-                    ended[index] += 1
-                    under_way.remove(index)
-
-            threads = [threading.Thread(target=fail_again_and_again, args=(index,)) for index in range(reports)]
-            for thread in threads:
-                thread.start()
-            try:
-                # In an order that is no stream, so that each is a fault of its own.
-                fresh = iter(index * 1021 % 8192 for index in range(8192))
-
-                def look() -> tuple[int, int, list[int]]:
-                    """What there is to see, when everybody who can go on has done so."""
-                    for _ in range(10):
-                        manager.statistics()
-                    return rounds[0], len(under_way), list(ended)
-
-                def held_throughout() -> bool:
-                    """First writes and first touches ended while the lock was held and all failures waited for it."""
-                    before = look()
-                    for index in [next(fresh) for _ in range(batch)]:
-                        book.buffer[index * PAGE_SIZE] = 1
-                        table.buffer[index * PAGE_SIZE] = 1
-                    return before[0] % 2 == 1 and before[1] == reports and before == look()
-
-                wait_until(held_throughout, "others' faults are served while one client's lock is held")
-            finally:
-                stop.set()
-                rounds[7] = 1
-                for thread in threads:
-                    thread.join(SECONDS_MAX)
-            assert holder.wait() == 0

@@ -199,7 +199,8 @@ class Stress:
             self.striking.set()
             for one in strikers:
                 one.join(HANG_SECONDS)
-            assert not any(one.is_alive() for one in strikers), "a report hangs"
+            if any(one.is_alive() for one in strikers):
+                self.show_hang("a report")
         self.table.stop[0] = 1
         self.watch(None)
 
@@ -221,7 +222,7 @@ class Stress:
                 if (current := int(self.table.beats[slot])) != count:
                     beats[slot] = (current, now)
                 elif now - since > HANG_SECONDS and any(one["slot"] == slot for one in self.crew.alive.values()):
-                    self.show_hang(slot)
+                    self.show_hang(f"slot {slot}, {ROLES[slot]},")
             if now > next_look:
                 next_look = now + 1
                 self.ledger.collect()
@@ -262,7 +263,7 @@ class Stress:
             raise AssertionError(f"{name}, {role}, ended with status {status}:\n{(self.folder / 'said').read_text()}")
         self.table.touching[slot] = (-1, -1)
 
-    def show_hang(self, slot: int) -> None:
+    def show_hang(self, who: str) -> None:
         """Everybody's stacks, and the end."""
         faulthandler.dump_traceback(all_threads=True)
         for one in (*self.crew.alive.values(), {"pid": self.manager.pid}):
@@ -273,7 +274,7 @@ class Stress:
             os.kill(one["pid"], signal.SIGABRT)
         while self.crew.alive:
             self.crew.news(1)
-        raise AssertionError(f"slot {slot}, {ROLES[slot]}, hangs:\n{(self.folder / 'said').read_text()}")
+        raise AssertionError(f"{who} hangs:\n{(self.folder / 'said').read_text()}")
 
     # --- the reckoning
 
@@ -348,6 +349,12 @@ class Stress:
         self.crew.close()
         with suppress(OSError):
             self.manager.close()
+
+
+@pytest.fixture(autouse=True)
+def fault_handler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the manager too: see `show_hang`."""
+    monkeypatch.setenv("PYTHONFAULTHANDLER", "1")
 
 
 def stress(folder: Path, seconds: float) -> None:

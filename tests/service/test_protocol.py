@@ -44,6 +44,14 @@ class Served:
         self._stderr = folder / "stderr"
         with self._stderr.open("wb") as stderr:
             self._process = subprocess.Popen([sys.executable, "-P", "-c", SERVE, self.path], stderr=stderr)
+        try:
+            self._begin()
+        except BaseException:
+            self._process.kill()
+            self._process.wait()
+            raise
+
+    def _begin(self) -> None:
         wait_until(lambda: _connects(self.path) or self._process.poll() is not None, "the manager serves")
         assert self._process.poll() is None, self._stderr.read_text()
         self._manager = hwpoison.connect(self.path)
@@ -106,9 +114,12 @@ class Served:
         self._process.send_signal(signal.SIGCONT)
 
     def close(self) -> None:
-        self._manager.close()
-        self._process.send_signal(signal.SIGTERM)
-        assert self._process.wait(SECONDS_MAX) == 0
+        try:
+            self._manager.close()
+        finally:
+            self._process.send_signal(signal.SIGTERM)
+            status = self._process.wait(SECONDS_MAX)
+        assert status == 0
         assert not os.path.exists(self.path)
 
 

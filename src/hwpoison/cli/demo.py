@@ -20,7 +20,8 @@ import click
 from hwpoison.cli.common import FINE, FOUND, json_option, print_json
 
 if TYPE_CHECKING:
-    from hwpoison.cli.demo_scenarios import Scenario, Stage, Trial
+    from hwpoison.cli.demo_scenarios import Scenario
+    from hwpoison.cli.demo_stage import Stage, Trial
     from hwpoison.cli.demo_table import DemoTable
 
 CLIENTS = 3
@@ -28,6 +29,9 @@ FILE_PAGES_MIN = 16
 FILE_BYTES_MAX = 8 << 20
 COPY_BYTES = 2 << 20
 MEMORY_BYTES = 2 << 20
+PREFIX = "hwpoison-demo-"
+ON_A_DISK = "/var/tmp"
+"""A folder for temporary files that is not in memory, where /tmp is."""
 _IOC_GETFLAGS, _IOC_SETFLAGS, _SYNC_FLAG = 0x80086601, 0x40086602, 8  # linux/fs.h
 
 
@@ -61,7 +65,7 @@ def demo(path: Path | None, as_json: bool) -> int:
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     started = time.monotonic()
     table = None if as_json else DemoTable()
-    with tempfile.TemporaryDirectory(prefix="hwpoison-demo-") as name:
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as name:
         directory = Path(name)
         path = path or _written(directory)
         nbytes = _checked(path)
@@ -132,14 +136,38 @@ def _checked(path: Path) -> int:
     return min(found, FILE_BYTES_MAX)
 
 
-def _write_through(path: Path) -> None:
-    """A write to the file shall take as long as its disk, which leaves time to strike a page that is being written back.
+@contextmanager
+def _copy(path: Path, nbytes: int, directory: Path) -> Iterator[Path]:
+    """A writable file that begins as `path` does, on a disk if possible.
 
-    Where the file system can't do that, it takes more attempts.
+    A write to it shall take as long as the disk, which leaves time to strike a page that is being written back. In
+    memory (tmpfs) there is less of it, and the strike needs more attempts.
     """
-    with path.open("rb") as file, suppress(OSError):
-        (flags,) = struct.unpack("l", fcntl.ioctl(file, _IOC_GETFLAGS, struct.pack("l", 0)))
-        fcntl.ioctl(file, _IOC_SETFLAGS, struct.pack("l", flags | _SYNC_FLAG))
+    import numpy
+
+    content = numpy.resize(numpy.fromfile(path, "u1", min(nbytes, COPY_BYTES)), COPY_BYTES)
+    with ExitStack() as stack:
+        folders = [directory]
+        with suppress(OSError):
+            folders += [Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=PREFIX, dir=ON_A_DISK)))]
+        for folder in folders:
+            content.tofile(folder / "copy")
+            if _write_through(folder / "copy"):
+                break
+        else:
+            folder = directory
+        yield folder / "copy"
+
+
+def _write_through(path: Path) -> bool:
+    """Let each write to the file wait for the disk; False if its file system has no such thing."""
+    with path.open("rb") as file:
+        try:
+            (flags,) = struct.unpack("l", fcntl.ioctl(file, _IOC_GETFLAGS, struct.pack("l", 0)))
+            fcntl.ioctl(file, _IOC_SETFLAGS, struct.pack("l", flags | _SYNC_FLAG))
+        except OSError:
+            return False
+    return True
 
 
 class Identity(NamedTuple):
@@ -163,16 +191,12 @@ def _identity(path: Path) -> Identity:
 @contextmanager
 def _stage(path: Path, nbytes: int, directory: Path) -> Iterator[Stage]:
     """The manager and its clients, who have the file, a writable copy of its beginning, and anonymous memory."""
-    import numpy
-
     import hwpoison
     from hwpoison.cli.demo_clients import Client, ask_all
-    from hwpoison.cli.demo_scenarios import Stage
+    from hwpoison.cli.demo_stage import Stage
 
-    copy = directory / "copy"
-    numpy.resize(numpy.fromfile(path, "u1", min(nbytes, COPY_BYTES)), COPY_BYTES).tofile(copy)
-    _write_through(copy)
     with ExitStack() as stack:
+        copy = stack.enter_context(_copy(path, nbytes, directory))
         manager = stack.enter_context(hwpoison.Manager())
         clients = [Client(manager.socket, index, CLIENTS) for index in range(CLIENTS + 1)]
         for client in clients:
@@ -193,7 +217,8 @@ def _stage(path: Path, nbytes: int, directory: Path) -> Iterator[Stage]:
 
 def _play(stage: Stage, table: DemoTable | None) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows of all scenarios, or of those up to one that breaks the stage, and what is wrong beside them."""
-    from hwpoison.cli.demo_scenarios import SCENARIOS, Trial
+    from hwpoison.cli.demo_scenarios import SCENARIOS
+    from hwpoison.cli.demo_stage import Trial
 
     rows: list[dict[str, Any]] = []
     for scenario in SCENARIOS:
@@ -217,7 +242,7 @@ def _play(stage: Stage, table: DemoTable | None) -> tuple[list[dict[str, Any]], 
 
 
 def _row(scenario: Scenario, trial: Trial) -> dict[str, Any]:
-    from hwpoison.cli.demo_scenarios import processes
+    from hwpoison.cli.demo_stage import processes
 
     failure = trial.failure
     state, outcome = (failure.state.value, failure.outcome.value) if failure else ("", "")

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from hwpoison.cli.common import OUTCOME_COLOURS, console, size_text
-from hwpoison.cli.demo_scenarios import Scenario, Stage, processes
+from hwpoison.cli.demo_scenarios import Scenario
+from hwpoison.cli.demo_stage import Stage, processes
 from hwpoison.core.records import printable
 
 WIDTH_MAX = 106

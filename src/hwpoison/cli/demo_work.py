@@ -13,6 +13,7 @@ import resource
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -271,6 +272,15 @@ class Work:
     def written(self) -> int:
         """Bytes that the manager has written to files."""
         return self._manager.statistics().written
+
+    def last_unwritten(self, before: int) -> float:
+        """Ask the manager again and again whether it has written to files since; when the last no was asked for."""
+        last = 0.0
+        while True:
+            asked = time.monotonic()
+            if self._manager.statistics().written != before:
+                return last
+            last = asked
 
     def fail_while_closing(self) -> tuple[hwpoison.Failure, str]:
         """Strike a page of a memory that is being closed; the failure and the memory's name.

@@ -12,13 +12,18 @@ import mmap
 import os
 import stat
 import threading
+from collections.abc import Callable
 from concurrent.futures import Executor
 from contextlib import suppress
+from functools import partial
+from typing import TypeVar
 
 from hwpoison.core.machine import Content, Identity
 from hwpoison.linux import syscalls
 from hwpoison.linux.syscalls import PAGE_SIZE
 
+WORKERS_OF_FILE = 8
+"""Workers that one file can make wait: one whose file system hangs must not take all."""
 AT_ONCE_BYTES = 1 << 16
 """Most bytes that `read_cached` copies on the event loop."""
 
@@ -32,12 +37,16 @@ def checked_file(fd: int, name: str) -> None:
         raise ValueError(f"{name!r} is not a regular file (a FIFO, socket or device can't back an object)")
 
 
+Result = TypeVar("Result")
+
+
 class LinuxFile:
     """See `hwpoison.core.machine.File`. Owns `fd`."""
 
     def __init__(self, fd: int, workers: Executor) -> None:
         self._fd = fd
         self._workers = workers
+        self._turns = asyncio.Semaphore(WORKERS_OF_FILE)
         self._scratch = mmap.mmap(-1, AT_ONCE_BYTES)
         self._mapped = (0, 0)
         self._mapping_lock = threading.Lock()
@@ -68,7 +77,7 @@ class LinuxFile:
         cached = self.read_cached(offset, nbytes)
         if cached is not None and len(cached) == nbytes:
             return bytes(cached)
-        return await asyncio.get_running_loop().run_in_executor(self._workers, self._read, offset, nbytes)
+        return await self._in_worker(partial(self._read, offset, nbytes))
 
     def _read(self, offset: int, nbytes: int) -> Content:
         if self._resident(offset, nbytes):
@@ -116,8 +125,12 @@ class LinuxFile:
         except OSError:
             return False
 
+    async def _in_worker(self, call: Callable[[], Result]) -> Result:
+        async with self._turns:
+            return await asyncio.get_running_loop().run_in_executor(self._workers, call)
+
     async def write(self, offset: int, content: Content) -> tuple[Identity, Identity]:
-        return await asyncio.get_running_loop().run_in_executor(self._workers, self._write, offset, content)
+        return await self._in_worker(partial(self._write, offset, content))
 
     def _write(self, offset: int, content: Content) -> tuple[Identity, Identity]:
         before = self.identity()
@@ -129,7 +142,7 @@ class LinuxFile:
         return before, self.identity()
 
     async def sync(self) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._workers, self._sync)
+        await self._in_worker(self._sync)
 
     def _sync(self) -> None:
         os.fsync(self._fd)

@@ -16,7 +16,7 @@ from hwpoison.linux.space import LinuxSpace
 from hwpoison.linux.store import LinuxStore
 from hwpoison.linux.syscalls import PAGE_SIZE, address_of
 
-FILE_WORKERS = 8
+FILE_WORKERS = 64
 """File operations that may wait at the same time."""
 CLIENT_WORKERS = 32
 """Ioctls that may wait for clients' mmap locks at the same time."""

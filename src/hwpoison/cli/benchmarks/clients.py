@@ -12,7 +12,7 @@ import os
 import sys
 from typing import NoReturn
 
-import hwpoison
+from hwpoison.app.manager import connect
 
 
 def main(socket_name: str, name: str, count: str) -> None:
@@ -35,7 +35,7 @@ def main(socket_name: str, name: str, count: str) -> None:
 def _attach_and_sleep(socket_name: str, name: str, told: int) -> NoReturn:
     status = 1
     try:
-        memory = hwpoison.connect(socket_name).attach(name)
+        memory = connect(socket_name).attach(name)
         os.write(told, f"{os.getpid()} {memory.address}\n".encode())
         os.close(told)
         # Standard input is shared: it ends for all at the same time.
