@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from hwpoison.linux import syscalls
-from tests.support import need
+from tests.support import need, wait_until
 
 BLOCK_BYTES = 2 << 20
 MADV_COLLAPSE = 25
@@ -20,8 +20,16 @@ def collapse(memory: int) -> None:
     before = SETTING.read_text().split("[")[1].split("]")[0]
     SETTING.write_text("always")
     try:
-        with mmap.mmap(memory, BLOCK_BYTES) as careless:
+        with mmap.mmap(memory, BLOCK_BYTES, prot=mmap.PROT_READ) as careless:
             need(not syscalls.address_of(careless) % BLOCK_BYTES, "a kernel that aligns mappings to huge pages")
-            careless.madvise(MADV_COLLAPSE)
+            wait_until(lambda: _collapsed(careless), "the kernel, which asks to try again where a page is in use just then")
     finally:
         SETTING.write_text(before)
+
+
+def _collapsed(careless: mmap.mmap) -> bool:
+    try:
+        careless.madvise(MADV_COLLAPSE)
+    except BlockingIOError:
+        return False
+    return True

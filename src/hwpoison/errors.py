@@ -35,8 +35,8 @@ class PoisonError(OSError):
         more = f" and {len(self.ranges) - 1} more" if len(self.ranges) > 1 else ""
         super().__init__(
             EHWPOISON,
-            f"memory page has hardware error: {self.nbytes} bytes at offset {self.offset:#x} of {self.name!r}{more} "
-            "are lost; repair() or discard() them",
+            f"memory page has hardware error: {self.nbytes} byte{'s' if self.nbytes != 1 else ''} lost at offset "
+            f"{self.offset:#x} of {self.name!r}{more}; repair() or discard() them",
         )
 
     def __reduce__(self) -> tuple[type[PoisonError], tuple[tuple[Range, ...]]]:

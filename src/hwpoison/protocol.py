@@ -53,7 +53,7 @@ class AddChannel(Message):
 
 
 class Listen(Message):
-    """Descriptor: one end of a socket pair, on which `Notice`s are sent from now on. Reply: `Done`."""
+    """Descriptor: one end of a socket pair, on which the client is told of losses (`Told`) from now on. Reply: `Done`."""
 
 
 class Allocate(Message):
@@ -304,17 +304,13 @@ class Elsewhere(Message):
     """A reply that is larger than a packet. Descriptor, the last one: a file with the reply."""
 
 
-class Missed(Message):
-    """On the channel of `Listen`: more losses than could be held; ask for all that are lost."""
-
-
 Request = (
     Hello | AddChannel | Listen | Allocate | Open | Attach | Map | Release | Unmap | Write | Prefetch | Repair | Discard
     | Lost | Met | Flush | ReportPage | ListObjects | GetStatistics | SyncLog | Goodbye
 )  # fmt: skip
 Reply = (
     Done | Welcome | Found | Mapped | Count | Ranges | Handled | ObjectList | StatisticsReply | LogPlace | Failed | Told
-    | Missed | Elsewhere
+    | Elsewhere
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()
@@ -329,6 +325,12 @@ _UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 class MalformedError(ValueError):
     """A message that is none."""
+
+
+class NoDescriptorError(OSError):
+    """This process could not take the descriptors of a message: it has too many. `packet` is the message."""
+
+    packet: bytes = b""
 
 
 def decode_request(data: bytes) -> Request:
@@ -400,7 +402,7 @@ _buffers = _Buffers()
 
 def receive(channel: socket.socket) -> tuple[bytes, list[int]]:
     """One packet and its descriptors (close-on-exec). b"" if the other end is gone or has sent an empty packet, which is no
-    message. Raises `MalformedError` if too long."""
+    message. Raises `MalformedError` if too long, `NoDescriptorError`."""
     buffer = _buffers.bytes
     nbytes, ancillary, flags, _ = channel.recvmsg_into(
         [buffer], socket.CMSG_SPACE(DESCRIPTOR_LIMIT * 4), socket.MSG_CMSG_CLOEXEC
@@ -409,11 +411,16 @@ def receive(channel: socket.socket) -> tuple[bytes, list[int]]:
     for level, kind, content in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(content[: len(content) // 4 * 4])
-    cut_off = flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC)
+    cut_off, taken = flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC), len(fds)
     if cut_off or not nbytes:
         for fd in fds:
             os.close(fd)
         fds = array.array("i")
+    if flags & socket.MSG_CTRUNC and taken < DESCRIPTOR_LIMIT:
+        text = f"process {os.getpid()} has no file descriptors left; raise its limit (`ulimit -n`), or close something"
+        error = NoDescriptorError(errno.EMFILE, text)
+        error.packet = bytes(memoryview(buffer)[:nbytes])
+        raise error
     if cut_off:
         raise MalformedError(f"a message has at most {MESSAGE_LIMIT} bytes and {DESCRIPTOR_LIMIT} descriptors")
     return bytes(memoryview(buffer)[:nbytes]), list(fds)

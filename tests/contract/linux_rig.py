@@ -224,5 +224,5 @@ class LinuxRig:
 
     def close(self) -> None:
         for one in self._files:
-            one.file.close()
+            asyncio.run(one.file.close())
         self.machine.close()

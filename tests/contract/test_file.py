@@ -15,13 +15,13 @@ CONTENT = bytes(range(256)) * 256 + b"the end"
 
 async def test_a_file_that_nobody_changes_stays_the_same(rig: Rig, machine: Machine) -> None:
     file = rig.file(CONTENT)
-    identity = file.file.identity()
+    identity = await file.file.identity()
     assert identity.nbytes == len(CONTENT)
     file.cache()
     await file.file.read(0, len(CONTENT))
     await file.file.sync()
-    assert file.file.identity() == identity
-    assert rig.file(CONTENT).file.identity() != identity
+    assert await file.file.identity() == identity
+    assert await rig.file(CONTENT).file.identity() != identity
 
 
 CHANGES: dict[str, Callable[[FileRig], None]] = {
@@ -39,9 +39,9 @@ async def test_a_file_that_somebody_changes_is_another(rig: Rig, change: str) ->
     file = rig.file(CONTENT)
     # A time that is not now: times of a file are no finer than the tick of the system's clock.
     file.touch(1)
-    identity = file.file.identity()
+    identity = await file.file.identity()
     CHANGES[change](file)
-    assert file.file.identity() != identity
+    assert await file.file.identity() != identity
 
 
 @pytest.mark.parametrize("cached", [True, False], ids=["cached", "not cached"])
@@ -97,16 +97,20 @@ async def test_only_bytes_that_can_be_had_without_waiting_are_had_at_once(rig: R
     for offset, nbytes in ((0, 4096), (100, 5000), (4096, 65_536 - 4096)):
         cached = file.file.read_cached(offset, nbytes)
         assert cached is not None
-        assert bytes(cached) == CONTENT[offset : offset + nbytes]
+        assert bytes(cached[0]) == CONTENT[offset : offset + nbytes]
+        assert cached[1] == await file.file.identity()
     file.truncate(100)
     cached = file.file.read_cached(0, 4096)
-    assert cached is None or bytes(cached) == CONTENT[:100]
+    assert cached is None or bytes(cached[0]) == CONTENT[:100]
 
 
 async def test_what_is_written_is_in_the_file_and_nothing_else_is_changed(rig: Rig) -> None:
     file = rig.file(CONTENT)
-    await file.file.write(3, b"a" * 10_000)
-    await file.file.write(20_000, memoryview(b"b" * 5))
+    before = await file.file.identity()
+    first = await file.file.write(3, b"a" * 10_000)
+    second = await file.file.write(20_000, memoryview(b"b" * 5))
+    assert (first.before, first.after, second.error) == (before, second.before, None)
+    assert second.after == await file.file.identity()
     await file.file.sync()
     expected = bytearray(CONTENT)
     expected[3:10_003] = b"a" * 10_000
@@ -117,6 +121,7 @@ async def test_what_is_written_is_in_the_file_and_nothing_else_is_changed(rig: R
 
 async def test_what_cannot_be_written_is_an_error(rig: Rig) -> None:
     file = rig.file(CONTENT, writable=False)
-    with pytest.raises(OSError):
-        await file.file.write(0, b"x")
+    written = await file.file.write(0, b"x")
+    assert isinstance(written.error, OSError)
+    assert written.before == written.after == await file.file.identity()
     assert file.content() == CONTENT

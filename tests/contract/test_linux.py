@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import mmap
 import os
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from hwpoison.core.machine import NotIsolatedError
 from hwpoison.linux import syscalls, userfaultfd
+from hwpoison.linux.space import LinuxSpace
 from hwpoison.linux.store import REGION_PAGES, REGIONS_LIMIT, LinuxStore
 from hwpoison.linux.syscalls import PAGE_SIZE
 from tests.contract.linux_rig import LinuxRig
@@ -152,6 +156,24 @@ def test_a_file_is_read_past_the_page_cache_where_it_is_not_in_it(rig: LinuxRig)
         assert not cached_pages(file.path)
 
     rig.run(story())
+
+
+async def test_a_clients_descriptor_is_closed_when_the_last_worker_is_done_with_it() -> None:
+    """Not before, or the worker would use somebody else's; and not later."""
+    fd = userfaultfd.open_userfaultfd().fd
+    held = threading.Event()
+    with ThreadPoolExecutor(1) as workers:
+        workers.submit(held.wait)
+        space = LinuxSpace(fd, os.getpid(), os.pidfd_open(os.getpid()), workers)
+        asked = [asyncio.create_task(space.poison(1 << 20)), asyncio.create_task(space.gone())]
+        await asyncio.sleep(0)
+        space.close()
+        assert os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[userfaultfd]"
+        asked.append(asyncio.create_task(space.gone()))
+        held.set()
+        assert await asyncio.gather(*asked) == [True, False, True]
+    with pytest.raises(OSError):
+        os.fstat(fd)
 
 
 def cached_pages(path: Path) -> int:

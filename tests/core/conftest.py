@@ -53,7 +53,7 @@ class Core:
     def open(self, path: Path, *, writable: bool = False) -> MemoryObject:
         """An object over the whole file, held."""
         file = self.machine.file(os.open(path, os.O_RDWR if writable else os.O_RDONLY))
-        object_ = self.manager.open(str(path), file, 0, None, writable=writable)
+        object_ = self.manager.open(str(path), file, file.identity_now(), 0, None, writable=writable)
         self.manager.hold(object_)
         return object_
 

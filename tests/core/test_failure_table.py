@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from itertools import product
 
@@ -50,7 +51,7 @@ def possible(machine: LinuxMachine, tmp_path_factory: pytest.TempPathFactory) ->
             condition = _observe(Place(object_, 0))
             seen |= {condition, condition & ~Condition.POISONED}
         store.close()
-    backing.file.close()
+    asyncio.run(backing.file.close())
     return seen
 
 

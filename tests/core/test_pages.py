@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hwpoison.core.pages import DIRTY, LOST, POISONED, PRESENT, WRITEBACK, Pages
+from hwpoison.core.pages import DIRTY, LOST, PIECE_PAGES, POISONED, PRESENT, WRITEBACK, Pages
 
 FLAGS = (PRESENT, DIRTY, WRITEBACK, POISONED, LOST)
 ranges = st.tuples(st.integers(0, 39), st.integers(1, 40))
@@ -126,6 +126,28 @@ def test_runs_are_whole_in_objects_of_any_size() -> None:
         pages.arrived(first, count, 1)
     assert list(pages.runs(PRESENT)) == [(0, 1), (65_535, 2), (131_071, 200_000), ((1 << 20) - 1, 1)]
     assert list(pages.runs(PRESENT, 65_536, 65_536)) == [(65_536, 1), (131_071, 1)]
+
+
+def test_runs_end_where_nothing_ever_was() -> None:
+    pages = Pages(4 * PIECE_PAGES)
+    pages.arrived(PIECE_PAGES - 3, 3, 1)
+    pages.arrived(3 * PIECE_PAGES, PIECE_PAGES, 1)
+    assert list(pages.runs(PRESENT)) == [(PIECE_PAGES - 3, 3), (3 * PIECE_PAGES, PIECE_PAGES)]
+    assert list(pages.runs(PRESENT, PIECE_PAGES - 1, 2 * PIECE_PAGES + 2)) == [(PIECE_PAGES - 1, 1), (3 * PIECE_PAGES, 1)]
+    assert pages.set(POISONED, 2 * PIECE_PAGES)
+    assert list(pages.runs(POISONED)) == [(2 * PIECE_PAGES, 1)]
+
+
+def test_pages_are_found_by_generation_and_generations_join() -> None:
+    pages = Pages(3 * PIECE_PAGES + 5)
+    pages.arrived(2, 1, 7)
+    pages.arrived(PIECE_PAGES - 1, 2, 8)
+    pages.arrived(3 * PIECE_PAGES + 4, 1, 7)
+    assert [pages.find_generation(7, first) for first in (0, 2, 3)] == [2, 2, 3 * PIECE_PAGES + 4]
+    pages.join_generation(7, 8)
+    assert [pages.find_generation(8, first) for first in (0, 3, PIECE_PAGES)] == [2, PIECE_PAGES - 1, PIECE_PAGES]
+    assert pages.find_generation(8, PIECE_PAGES + 1) == 3 * PIECE_PAGES + 4
+    assert pages.find_generation(7) == -1
 
 
 def test_two_bytes_a_page_are_all_that_is_kept() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 
 import pytest
@@ -10,9 +11,11 @@ import pytest
 from hwpoison.core.objects import MemoryObject
 from hwpoison.core.pages import DIRTY, POISONED, PRESENT, WRITEBACK
 from hwpoison.core.reclaim import GENERATIONS
-from hwpoison.core.recovery import write
+from hwpoison.core.records import State
+from hwpoison.core.recovery import drop, room, write
 from hwpoison.linux.syscalls import PAGE_SIZE
 from tests.core.conftest import Core, Run
+from tests.large_frames import BLOCK_BYTES, collapse
 
 
 class Ages:
@@ -142,7 +145,7 @@ def test_without_a_limit_nothing_is_dropped(run: Run) -> None:
         for first in range(0, 2000, 100):
             await core.bring_in(file, first, 100)
         assert file.pages.present == core.manager.reclaim.present == 2000
-        assert core.manager.reclaim.room(1 << 40)
+        assert room(core.manager, 1 << 40)
 
     run(story)
 
@@ -189,3 +192,28 @@ def test_the_smallest_limit_lets_one_page_in_after_another(run: Run) -> None:
         assert core.manager.reclaim.largest_window == 1
 
     run(story, limit_pages=1)
+
+
+def test_what_is_still_there_after_it_was_dropped_is_lost_with_all_of_its_large_frame(run: Run) -> None:
+    unit = BLOCK_BYTES // PAGE_SIZE
+
+    async def story(core: Core) -> None:
+        file = core.open(core.new_file(unit + 1), writable=True)
+        await core.bring_in(file, 0, unit + 1)
+        await write(core.manager, file, 9 * PAGE_SIZE, b"changed")
+        memory: int = file.store.fd  # type: ignore[attr-defined]
+        collapse(memory)
+        pipe = os.pipe()
+        os.splice(memory, pipe[1], PAGE_SIZE, offset_src=100 * PAGE_SIZE)
+        drop(core.manager, file, 5, 1)
+        assert file.lost() == [(file.name, 0, BLOCK_BYTES)]
+        # What the file does not have must not be taken for what it has, when the object ends.
+        assert {page for page, loss in file.losses.items() if loss.state is State.DIRTY_FILE} == {9}
+        assert file.error_sequence == 1
+        assert not any(file.store.present(page) for page in range(unit))
+        assert core.manager.reclaim.present == 1
+        assert "large frame" in core.events[-1].detail
+        for one in pipe:
+            os.close(one)
+
+    run(story, limit_pages=2 * unit)

@@ -33,6 +33,7 @@ class Operation(IntEnum):
     OPEN = 14
     READ = 15
     WRITE = 16
+    STATFS = 17
     RELEASE = 18
     SYNC = 20
     FLUSH = 25
@@ -41,8 +42,16 @@ class Operation(IntEnum):
     FORGET_MANY = 42
 
 
-_NAMES: dict[int, str] = {Operation.READ: "read", Operation.WRITE: "write", Operation.SYNC: "sync"}
-"""Those that a test can hold and fail."""
+_NAMES: dict[int, str] = {
+    Operation.READ: "read",
+    Operation.WRITE: "write",
+    Operation.SYNC: "sync",
+    Operation.GETATTR: "getattr",
+    Operation.STATFS: "statfs",
+    Operation.FLUSH: "flush",
+}
+"""Those that a test can hold and fail. The kernel asks for attributes each time: nothing of them is valid for long."""
+_DONE = ("read", "write", "sync")
 _NO_REPLY = (Operation.FORGET, Operation.FORGET_MANY, Operation.INTERRUPT)
 _ENOSYS, _ENOENT = 38, 2
 _FILE = 2
@@ -72,6 +81,7 @@ class Server:
         self.changed_ns = time.time_ns()
         self.hold: set[str] = set()
         self.fail: dict[str, int] = {}
+        self.pass_first = 0
         self.waiting: list[Request] = []
         self.done: list[tuple[str, int, int]] = []
         self.fuse, self.mount = _mount()
@@ -96,6 +106,7 @@ class Server:
         order = json.loads(line)
         self.hold = set(order.get("hold", self.hold))
         self.fail = order.get("fail", self.fail)
+        self.pass_first = order.get("pass_first", self.pass_first)
         if "content" in order:
             self.content[:] = bytes.fromhex(order["content"])
             self.changed_ns = time.time_ns()
@@ -133,10 +144,12 @@ class Server:
 
     def _result(self, request: Request) -> tuple[bytes, int]:
         name = _NAMES.get(request.operation, "")
-        if name:
+        if name in _DONE:
             self.done.append((name, *request.place))
         if error := self.fail.get(name):
-            return b"", error
+            if not self.pass_first:
+                return b"", error
+            self.pass_first -= 1
         match request.operation:
             case Operation.INIT:
                 return struct.pack("IIIIHHIIHHI28x", 7, 31, 0, 0, 16, 16, 1 << 20, 1, 256, 0, 0), 0
@@ -224,7 +237,8 @@ class SlowFile:
         return self._hear()
 
     def hold(self, *operations: str) -> None:
-        """Keep these ("read", "write", "sync") waiting from now on, and let all others through."""
+        """Keep these ("read", "write", "sync", "getattr": fstat, "statfs", "flush": close) waiting from now on, and let all
+        others through."""
         self._ask({"hold": operations})
 
     def let(self, operation: str) -> None:
@@ -233,7 +247,11 @@ class SlowFile:
 
     def fail(self, **operations: int) -> None:
         """Let these operations fail with an errno from now on, and no others."""
-        self._ask({"fail": operations})
+        self.fail_after(0, **operations)
+
+    def fail_after(self, count: int, **operations: int) -> None:
+        """As `fail`, but let the first `count` of them through."""
+        self._ask({"fail": operations, "pass_first": count})
 
     def change(self, content: bytes) -> None:
         """Somebody else has changed the file."""
@@ -246,7 +264,7 @@ class SlowFile:
 
     @property
     def done(self) -> list[str]:
-        """The operations that were done, in order."""
+        """The reads, writes and syncs that were done, in order."""
         return [name for name, _, _ in self._ask({})["done"]]
 
     @property

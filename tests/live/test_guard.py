@@ -2,47 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-import random
 import signal
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from itertools import count
 from pathlib import Path
 
-import numpy
 import pytest
 
 import hwpoison
 from tests.live.conftest import known
 from tests.live.frames import PAGE, can_see_frames, frame_at
+from tests.live.guarded import PAGES, known_memory, lose, repair
 from tests.live.process import Child
-from tests.support import SECONDS_MAX
-
-PAGES = 8
 
 
 @pytest.fixture
 def memory(manager: hwpoison.Manager) -> hwpoison.Memory:
-    """Anonymous memory with known content."""
-    memory = manager.allocate(PAGES * PAGE, "t")
-    memory.buffer[:] = known(PAGES * PAGE)
-    return memory
+    return known_memory(manager)
 
 
-def lose(manager: hwpoison.Manager, memory: hwpoison.Memory, *pages: int) -> None:
-    """These pages have content, and are lost."""
-    for page in pages:
-        assert manager.inject(memory, page * PAGE).victims
-
-
-def repair(memory: hwpoison.Memory, page: int) -> None:
-    memory.repair(page * PAGE, known(PAGES * PAGE)[page * PAGE : (page + 1) * PAGE])
-
-
-# --- what a view shows -----------------------------------------------------------------------------------------------
+# --- what a view shows ------------------------------------------------------------------------------------------------
 
 
 def test_a_guarded_view_shows_the_live_content_and_cannot_be_written(memory: hwpoison.Memory) -> None:
@@ -96,129 +75,7 @@ def test_a_guard_works_on_a_read_only_file(manager: hwpoison.Manager, file: Call
     assert caught.value.ranges == ((str(path), 6 * PAGE, PAGE),)
 
 
-# --- how it ends -----------------------------------------------------------------------------------------------------
-
-
-def test_a_guard_raises_at_its_end_what_was_met_and_only_that(manager: hwpoison.Manager, memory: hwpoison.Memory) -> None:
-    lose(manager, memory, 1, 4, 5, 7)
-    ended = False
-    with pytest.raises(hwpoison.PoisonError) as caught:
-        with hwpoison.guard(memory) as safe:
-            assert safe.buffer[5 * PAGE + 9] == 0
-            assert bytes(safe.buffer[PAGE : 2 * PAGE]) == bytes(PAGE)
-            assert safe.buffer[4 * PAGE] == 0
-            ended = True
-    assert ended
-    error = caught.value
-    assert sorted(error.ranges) in (
-        [("t", PAGE, PAGE), ("t", 4 * PAGE, 2 * PAGE)],
-        [("t", page * PAGE, PAGE) for page in (1, 4, 5)],
-    )
-    assert (error.errno, error.name, error.offset, error.nbytes) == (133, *error.ranges[0])
-    assert error.__cause__ is None
-    assert isinstance(error, OSError)
-
-
-def test_a_guard_that_meets_no_loss_ends_quietly_whatever_is_lost(
-    manager: hwpoison.Manager, memory: hwpoison.Memory
-) -> None:
-    with hwpoison.guard(memory) as safe:
-        assert safe.buffer[3 * PAGE] == known(PAGES * PAGE)[3 * PAGE]
-        lose(manager, memory, 3)
-        assert bytes(safe.buffer[:PAGE]) == known(PAGE)
-
-
-def test_poison_error_is_raised_from_the_exception_of_the_body(manager: hwpoison.Manager, memory: hwpoison.Memory) -> None:
-    lose(manager, memory, 2)
-    with pytest.raises(hwpoison.PoisonError) as caught, hwpoison.guard(memory) as safe:
-        1 / safe.buffer[2 * PAGE]
-    assert isinstance(caught.value.__cause__, ZeroDivisionError)
-
-
-def test_an_exception_of_a_body_that_met_nothing_passes_as_it_is(manager: hwpoison.Manager, memory: hwpoison.Memory) -> None:
-    lose(manager, memory, 2)
-    for error in (KeyError("mine"), OSError(14, "EFAULT of something else")):
-        healthy = memory if isinstance(error, KeyError) else manager.allocate(PAGE)
-        with pytest.raises(type(error)) as caught, hwpoison.guard(healthy):
-            raise error
-        assert caught.value is error
-        assert not hasattr(error, "__notes__")
-
-
-@pytest.mark.parametrize(
-    "error", [KeyboardInterrupt(), SystemExit(3), asyncio.CancelledError()], ids=lambda error: type(error).__name__
-)
-def test_interrupts_exits_and_cancellation_pass_with_a_note(
-    error: BaseException, manager: hwpoison.Manager, memory: hwpoison.Memory
-) -> None:
-    lose(manager, memory, 2)
-    with pytest.raises(type(error)) as caught, hwpoison.guard(memory) as safe:
-        safe.buffer[2 * PAGE]
-        raise error
-    assert caught.value is error
-    (note,) = error.__notes__
-    assert "lost bytes were met" in note
-    assert str(2 * PAGE) in note
-
-
-def test_a_cancelled_task_stays_cancelled(manager: hwpoison.Manager, memory: hwpoison.Memory) -> None:
-    lose(manager, memory, 2)
-
-    async def work(started: asyncio.Event) -> None:
-        with hwpoison.guard(memory) as safe:
-            safe.buffer[2 * PAGE]
-            started.set()
-            await asyncio.Event().wait()
-
-    async def story() -> bool:
-        started = asyncio.Event()
-        task = asyncio.create_task(work(started))
-        await started.wait()
-        task.cancel()
-        await asyncio.wait([task], timeout=SECONDS_MAX)
-        return task.cancelled()
-
-    assert asyncio.run(story())
-
-
-# --- system calls ----------------------------------------------------------------------------------------------------
-
-
-def test_a_system_call_that_reads_lost_bytes_through_a_view_ends_in_poison_error(
-    manager: hwpoison.Manager, memory: hwpoison.Memory
-) -> None:
-    lose(manager, memory, 2)
-    reader, writer = os.pipe()
-    try:
-        with pytest.raises(hwpoison.PoisonError) as caught, hwpoison.guard(memory) as safe:
-            os.write(writer, safe.buffer[2 * PAGE : 3 * PAGE])
-    finally:
-        os.close(reader)
-        os.close(writer)
-    assert caught.value.ranges == (("t", 2 * PAGE, PAGE),)
-
-
-def test_efault_of_a_lost_page_becomes_poison_error_for_an_unprivileged_process(nobody: Callable[..., Child]) -> None:
-    code = """
-with hwpoison.Manager() as manager:
-    memory = manager.allocate(4 * 4096, "t")
-    memory.array()[:] = 1
-    manager.inject(memory, 2 * 4096)
-    reader, writer = os.pipe()
-    try:
-        with hwpoison.guard(memory) as safe:
-            os.write(writer, safe.buffer[2 * 4096 :])
-    except hwpoison.PoisonError as error:
-        say([error.ranges, type(error.__cause__).__name__ if error.__cause__ else None, manager.connection.user_mode])
-"""
-    with nobody(code) as child:
-        ranges, cause, user_mode = child.hear()
-        assert ranges == [["t", 2 * PAGE, PAGE]]
-        assert cause == ("OSError" if user_mode else None)
-        assert child.wait() == 0
-
-
-# --- check -----------------------------------------------------------------------------------------------------------
+# --- check ------------------------------------------------------------------------------------------------------------
 
 
 def test_check_raises_once_for_each_loss_that_is_met_and_then_arms_again(
@@ -241,7 +98,7 @@ def test_check_raises_once_for_each_loss_that_is_met_and_then_arms_again(
         safe.buffer[6 * PAGE]
 
 
-# --- several guards --------------------------------------------------------------------------------------------------
+# --- several guards ---------------------------------------------------------------------------------------------------
 
 
 def test_guards_nest_and_what_the_inner_one_met_does_not_leave_the_outer_one_unnoticed(
@@ -272,6 +129,16 @@ def test_a_guard_that_begins_among_the_zeros_of_another_raises_too(
         first.__exit__(None, None, None)
 
 
+def test_a_guard_that_begins_among_the_zeros_of_another_and_touches_none_ends_quietly(
+    manager: hwpoison.Manager, memory: hwpoison.Memory
+) -> None:
+    lose(manager, memory, 2)
+    with pytest.raises(hwpoison.PoisonError), hwpoison.guard(memory) as safe:
+        safe.buffer[2 * PAGE]
+        with hwpoison.guard(memory) as second:
+            assert second.buffer[PAGE] == known(2 * PAGE)[PAGE]
+
+
 def test_after_the_last_guard_the_zero_pages_are_gone(manager: hwpoison.Manager, memory: hwpoison.Memory) -> None:
     lose(manager, memory, 2)
     with pytest.raises(hwpoison.PoisonError), hwpoison.guard(memory) as safe, hwpoison.guard(memory) as other:
@@ -296,75 +163,39 @@ def test_a_page_that_is_repaired_during_a_guard_is_right_after_its_check(
         assert bytes(safe.buffer) == known(PAGES * PAGE)
 
 
-def test_threads_of_native_code_in_one_guard_are_all_seen(manager: hwpoison.Manager) -> None:
-    pages = 512
-    memory = manager.allocate(pages * PAGE, "t")
-    memory.buffer[:] = known(pages * PAGE)
-    lost = [3, 130, 255, 300, 511]
-    lose(manager, memory, *lost)
-    with ThreadPoolExecutor(4) as threads, pytest.raises(hwpoison.PoisonError) as caught:
-        with hwpoison.guard(memory) as safe:
-            slices = numpy.split(safe.array("u8"), 4)
-            sums = list(threads.map(numpy.sum, slices))
-            del slices
-    assert len(sums) == 4
-    met = {page for one in caught.value.ranges for page in range(one.offset // PAGE, (one.offset + one.nbytes) // PAGE)}
-    assert met == set(lost)
-
-
-def test_a_sum_that_leaves_overlapping_guards_without_an_exception_is_right(manager: hwpoison.Manager) -> None:
-    pages, rounds, workers = 32, 400, 4
-    memory = manager.allocate(pages * PAGE, "t")
-    content = known(pages * PAGE)
-    memory.buffer[:] = content
-    sums = numpy.frombuffer(content, "u8").reshape(pages, -1).sum(axis=1)
-    wrong: list[str] = []
-    right, refused = count(), count()
-    ended = threading.Event()
-
-    def work(seed: int) -> None:
-        chance = random.Random(seed)
-        for _ in range(rounds):
-            first = chance.randrange(pages)
-            last = chance.randint(first, min(first + 4, pages - 1))
+def test_a_child_that_is_forked_within_a_guard_neither_ends_it_nor_takes_its_zeros_for_content() -> None:
+    code = """
+with hwpoison.Manager() as manager:
+    memory = manager.allocate(4 * 4096, "t")
+    memory.array()[:] = 1
+    manager.inject(memory, 4096)
+    guard = hwpoison.guard(memory)
+    safe = guard.__enter__()
+    for touch in (False, True):
+        seen = safe.buffer[4096] if touch else None
+        child = os.fork()
+        if not child:
             try:
-                with hwpoison.guard(memory) as safe:
-                    found = safe.array("u8", (pages, PAGE // 8))[first : last + 1].sum(axis=1)
-                    if chance.random() < 0.3:
-                        safe.check()
-            except hwpoison.PoisonError:
-                next(refused)
-                continue
-            if not (found == sums[first : last + 1]).all():
-                wrong.append(f"pages {first} to {last}")
-            next(right)
-
-    def strike() -> None:
-        chance = random.Random(0)
-        while not ended.is_set():
-            page = chance.randrange(pages)
-            manager.inject(memory, page * PAGE)
-            if chance.random() < 0.7:
-                page = chance.randrange(pages)
-            memory.repair(page * PAGE, content[page * PAGE : (page + 1) * PAGE])
-
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(1, workers + 1)]
-    striker = threading.Thread(target=strike)
-    for thread in (striker, *threads):
-        thread.start()
-    for thread in threads:
-        thread.join()
-    ended.set()
-    striker.join()
-    assert wrong == []
-    assert next(right) > 0
-    assert next(refused) > 0
-    memory.repair(0, content)
-    with hwpoison.guard(memory) as safe:
-        assert bytes(safe.buffer) == content, "after the last guard all zero pages are gone"
+                guard.__exit__(None, None, None)
+            except ConnectionError:
+                os._exit(3)
+            os._exit(0)
+        say([seen, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])])
+    try:
+        guard.__exit__(None, None, None)
+    except hwpoison.PoisonError as error:
+        say(error.ranges)
+    del safe
+"""
+    with Child(code) as child:
+        assert child.hear() == [None, 0]
+        assert child.hear() == [0, 3]
+        assert child.hear() == [["t", PAGE, PAGE]]
+        assert child.wait() == 0
 
 
-# --- outside of all guards -------------------------------------------------------------------------------------------
+# --- outside of all guards --------------------------------------------------------------------------------------------
+
 
 LEAKED = """
 with hwpoison.Manager() as manager:

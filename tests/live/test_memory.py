@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
-import pickle
 import queue
-import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +22,7 @@ from tests.support import SECONDS_MAX, wait_until
 MakeFile = Callable[..., Path]
 
 
-# --- views -----------------------------------------------------------------------------------------------------------
+# --- views ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -105,7 +102,7 @@ def test_a_memory_with_views_cannot_be_closed_and_stays_usable(manager: hwpoison
             use()
 
 
-# --- bad input -------------------------------------------------------------------------------------------------------
+# --- bad input --------------------------------------------------------------------------------------------------------
 
 
 def test_what_cannot_be_opened_is_the_error_of_the_standard_library(
@@ -163,7 +160,7 @@ def test_one_file_in_one_mode_is_one_object_and_another_mode_is_refused(manager:
     assert [(info.name, info.mappings) for info in manager.objects()] == [(str(path), 2)]
 
 
-# --- losses ----------------------------------------------------------------------------------------------------------
+# --- losses -----------------------------------------------------------------------------------------------------------
 
 
 def test_read_raises_for_what_it_needs_and_not_for_what_an_open_guard_has_met(manager: hwpoison.Manager) -> None:
@@ -236,7 +233,7 @@ def test_nobody_sees_anything_but_the_repaired_content_while_a_page_is_repaired(
         assert child.wait() == 0
 
 
-# --- notices ---------------------------------------------------------------------------------------------------------
+# --- notices ----------------------------------------------------------------------------------------------------------
 
 
 def test_functions_are_called_once_for_each_loss_until_they_are_cancelled(
@@ -279,100 +276,7 @@ def test_a_function_that_is_called_may_use_the_memory(manager: hwpoison.Manager)
     assert bytes(memory.buffer) == known(4 * PAGE)
 
 
-# --- other processes -------------------------------------------------------------------------------------------------
-
-
-def _double(memory: hwpoison.Memory, other: hwpoison.Memory) -> None:
-    memory.array("u8")[:] *= 2
-    other.buffer[0] = len(memory.name)
-    with pytest.raises(hwpoison.PoisonError):
-        memory._manager.attach("lost").read(0, 1)
-
-
-def test_a_memory_is_pickled_to_another_process(manager: hwpoison.Manager) -> None:
-    memory, other, lost = manager.allocate(PAGE, "t"), manager.allocate(1), manager.allocate(1, "lost")
-    memory.array("u8")[:] = range(512)
-    lost.buffer[0] = 1
-    manager.inject("lost", 0)
-    process = multiprocessing.get_context("spawn").Process(target=_double, args=(memory, other))
-    process.start()
-    process.join(SECONDS_MAX)
-    assert process.exitcode == 0
-    process.close()
-    assert memory.array("u8").tolist() == list(range(0, 1024, 2))
-    assert other.buffer[0] == 1
-    wait_until(lambda: manager.objects()[0].mappings == 1, "the process has gone")
-
-
-def test_a_memory_that_is_pickled_within_a_process_comes_by_the_same_connection(manager: hwpoison.Manager) -> None:
-    memory = manager.allocate(PAGE, "t")
-    again = pickle.loads(pickle.dumps(memory))
-    again.buffer[0] = 7
-    assert memory.buffer[0] == 7
-    assert again.address != memory.address
-    assert manager.statistics().clients == 1
-
-
-def test_a_pickled_memory_whose_manager_has_ended_is_a_connection_error() -> None:
-    with hwpoison.Manager() as manager:
-        pickled = pickle.dumps(manager.allocate(1))
-    with pytest.raises(ConnectionError):
-        pickle.loads(pickled)
-
-
-def test_a_memory_is_attached_by_name_in_another_process_and_both_see_every_store(manager: hwpoison.Manager) -> None:
-    memory = manager.allocate(3 * PAGE, "t")
-    code = """
-manager = hwpoison.connect(arguments[0])
-memory = manager.attach("t")
-while (order := hear()) is not None:
-    offset, value = order
-    before = memory.buffer[offset]
-    memory.buffer[offset] = value
-    say(before)
-try:
-    manager.attach("missing")
-except FileNotFoundError:
-    say("missing")
-manager.close()
-"""
-    with Child(code, manager.socket) as child:
-        for offset, value in ((0, 1), (2 * PAGE + 5, 2), (0, 3)):
-            memory.buffer[offset + 1] = value
-            before = memory.buffer[offset]
-            assert child.ask((offset, value)) == before
-            assert memory.buffer[offset] == value
-            assert child.ask((offset + 1, 0)) == value
-        assert child.ask(None) == "missing"
-        assert child.wait() == 0
-
-
-def test_a_forked_child_has_neither_the_memory_nor_the_manager() -> None:
-    code = """
-manager = hwpoison.Manager()
-memory = manager.allocate(8192)
-memory.buffer[0] = 1
-assert memory.read(0, 1) == bytes([1])
-for attempt in (lambda: memory.read(0, 1), memory.lost, lambda: memory.buffer[0]):
-    child = os.fork()
-    if not child:
-        try:
-            attempt()
-        except ConnectionError:
-            os._exit(3)
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    say(os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status))
-say(memory.buffer[0])
-manager.close()
-"""
-    with Child(code) as child:
-        assert [child.hear() for _ in range(3)] == [3, 3, -signal.SIGSEGV]
-        assert child.hear() == 1
-        assert child.wait() == 0
-
-
-# --- sizes and threads -----------------------------------------------------------------------------------------------
+# --- sizes and threads ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -440,22 +344,3 @@ def test_threads_that_open_and_close_memories_do_not_get_in_each_others_way(
         thread.join()
     assert errors == []
     wait_until(lambda: manager.objects() == [], "all objects have ended")
-
-
-def test_threads_that_enter_the_first_guard_together_share_one_view(manager: hwpoison.Manager) -> None:
-    start = threading.Barrier(8)
-    for number in range(20):
-        memory = manager.allocate(PAGE, f"t{number}")
-        addresses: set[int] = set()
-
-        def enter(memory: hwpoison.Memory = memory, addresses: set[int] = addresses) -> None:
-            start.wait()
-            with hwpoison.guard(memory) as safe:
-                addresses.add(safe.address)
-
-        threads = [threading.Thread(target=enter) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len(addresses) == 1

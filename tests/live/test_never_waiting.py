@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import hwpoison
-from hwpoison import State
-from hwpoison.linux.files import WORKERS_OF_FILE
+from hwpoison import State, protocol
+from hwpoison.linux.files import WORKERS_OF_FILE, WORKERS_OF_MOUNT
 from hwpoison.linux.syscalls import PAGE_SIZE
 from tests.live.conftest import known
 from tests.live.process import Child, state_of
@@ -132,22 +132,108 @@ say(memory.buffer[hear()])
 """
 
 
-def test_a_file_whose_reads_hang_holds_up_only_those_who_read_it(manager: hwpoison.Manager, slow_file: MakeSlowFile) -> None:
+@pytest.mark.parametrize(
+    ("files", "workers"), [(1, WORKERS_OF_FILE), (9, WORKERS_OF_MOUNT)], ids=["one file", "many files of one file system"]
+)
+def test_a_file_whose_reads_hang_holds_up_only_those_who_read_it(
+    files: int, workers: int, manager: hwpoison.Manager, slow_file: MakeSlowFile
+) -> None:
     hanging, other = slow_file(known(16 * PAGE_SIZE)), slow_file(known(8 * PAGE_SIZE, version=2))
-    memory = manager.open(hanging.path)
+    memories = [manager.open(hanging.path, name=f"hanging {number}") for number in range(files)]
     with Child(CONNECT + READ_A_BYTE, manager.socket, str(other.path)) as reader:
         reader.hear()
-        hanging.hold("read")
+        hanging.hold("read", "getattr")
         # So many at once that they would use up the workers of a manager that has none left for others.
-        threads = [threading.Thread(target=memory.prefetch, args=(index * PAGE_SIZE, PAGE_SIZE)) for index in range(16)]
+        threads = [
+            threading.Thread(target=memory.prefetch, args=(index * PAGE_SIZE, PAGE_SIZE))
+            for memory in memories
+            for index in range(16)
+        ]
         for one in threads:
             one.start()
-        wait_until(lambda: len(hanging.waiting) >= WORKERS_OF_FILE, "all reads that may be at once are under way")
+        wait_until(lambda: len(hanging.waiting) >= workers, "all that may be at once are under way")
         assert reader.ask(PAGE_SIZE) == known(2 * PAGE_SIZE, version=2)[PAGE_SIZE]
         hanging.hold()
         for one in threads:
             one.join(SECONDS_MAX)
-    assert memory.read(0, memory.nbytes) == known(16 * PAGE_SIZE)
+    for memory in memories:
+        assert memory.read(0, memory.nbytes) == known(16 * PAGE_SIZE)
+
+
+TOUCH = """
+memory = manager.attach("hanging")
+say()
+hear()
+say(memory.buffer[7 * 4096 : 8 * 4096].hex())
+"""
+
+
+def test_a_file_system_that_answers_nothing_holds_up_only_those_who_need_its_file(
+    manager: hwpoison.Manager, slow_file: MakeSlowFile, file: MakeFile
+) -> None:
+    content = known(8 * PAGE_SIZE)
+    hanging, closing, opening = slow_file(content), slow_file(content), slow_file(content)
+    memory = manager.open(hanging.path, "r+", name="hanging")
+    memory.read(0, PAGE_SIZE)
+    memory.write(PAGE_SIZE, page("w"))
+    closed = manager.open(closing.path, name="closing")
+    other = manager.open(file(8 * PAGE_SIZE, version=2), "r+")
+    expected = bytearray(known(8 * PAGE_SIZE, version=2))
+    opened: list[hwpoison.Memory] = []
+    threads = [
+        threading.Thread(target=call)
+        for call in (
+            memory.flush,
+            lambda: manager.inject(memory, 0),
+            lambda: memory.prefetch(5 * PAGE_SIZE, PAGE_SIZE),
+            closed.close,
+            lambda: opened.append(manager.open(opening.path, name="opening")),
+        )
+    ]
+    with Child(CONNECT + TOUCH, manager.socket) as toucher:
+        toucher.hear()
+        # Not even how large the file is can be had, nor can it be closed, or looked at when it is opened.
+        hanging.hold("getattr", "read", "write")
+        closing.hold("flush")
+        opening.hold("statfs")
+        for one in threads:
+            one.start()
+        toucher.tell()
+        wait_until(lambda: len(hanging.waiting) == 4, "a flush, a failure, a prefetch and a fault wait for the file")
+        wait_until(lambda: closing.waiting and opening.waiting, "the other two are under way")
+        for offset in range(0, other.nbytes, PAGE_SIZE):
+            assert other.buffer[offset : offset + PAGE_SIZE] == expected[offset : offset + PAGE_SIZE]
+            other.buffer[offset : offset + 1] = expected[offset : offset + 1] = b"o"
+            other.flush()
+            assert manager.inject(other, offset).state is State.CLEAN_FILE
+            assert other.read(offset, PAGE_SIZE) == expected[offset : offset + PAGE_SIZE]
+        assert {name for name, _, _ in hanging.waiting} == {"getattr"}, "all the time"
+        assert len(hanging.waiting) == 4
+        for slow in (hanging, closing, opening):
+            slow.hold()
+        for one in threads:
+            one.join(SECONDS_MAX)
+            assert not one.is_alive()
+        assert bytes.fromhex(toucher.hear()) == content[7 * PAGE_SIZE :]
+    assert memory.lost() == []
+    assert memory.read(0, memory.nbytes) == content[:PAGE_SIZE] + page("w") + content[2 * PAGE_SIZE :]
+    memory.close()
+    assert hanging.content == content[:PAGE_SIZE] + page("w") + content[2 * PAGE_SIZE :]
+    assert opened[0].read(0, opened[0].nbytes) == content
+
+
+def test_a_descriptor_that_was_sent_in_vain_and_cannot_be_closed_holds_up_nobody(
+    manager: hwpoison.Manager, slow_file: MakeSlowFile
+) -> None:
+    slow = slow_file(known(PAGE_SIZE))
+    with slow.path.open("rb") as file:
+        slow.hold("flush")
+        with pytest.raises(FileNotFoundError):
+            manager.connection.request_fds(protocol.Attach("nothing"), protocol.Found, [file.fileno()])
+        wait_until(lambda: slow.waiting, "the manager closes it")
+        assert manager.statistics().pid == manager.pid
+        assert [name for name, _, _ in slow.waiting] == ["flush"]
+        slow.hold()
 
 
 HOLDING_ITS_MMAP_LOCK = """

@@ -1,13 +1,18 @@
 """Which version of a file is shown: never a stale one after a loss, never two at the same time."""
 
+import errno
 import multiprocessing
 import os
 import signal
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import hwpoison
+from tests.live.slow_files import SlowFile
+from tests.support import wait_until
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -75,6 +80,96 @@ def test_a_flush_does_not_take_the_change_of_somebody_else_for_its_own(file: Pat
             memory.read(PAGE, 4)
         assert memory.discard() == PAGE
         assert memory.read(PAGE, 4) == b"XXXX"
+
+
+@pytest.mark.parametrize(("when", "content"), [("before", b"X" * 4 * PAGE), ("during", b"X" * 5 * PAGE)])
+def test_a_write_that_fails_does_not_hide_the_change_of_somebody_else(
+    when: str, content: bytes, slow_file: Callable[[bytes], SlowFile]
+) -> None:
+    slow = slow_file(b"A" * 4 * PAGE)
+    with hwpoison.Manager() as manager, manager.open(slow.path, "r+", name="slow") as memory:
+        assert memory.read(PAGE, 4) == b"AAAA"
+        memory.write(0, b"B" * PAGE)
+        slow.hold("write")
+        if when == "before":
+            slow.change(content)
+        said: list[int | None] = []
+
+        def flush() -> None:
+            with pytest.raises(OSError) as caught:
+                memory.flush()
+            said.append(caught.value.errno)
+
+        flushing = threading.Thread(target=flush)
+        flushing.start()
+        wait_until(lambda: slow.waiting, "the write is under way")
+        if when == "during":
+            slow.change(content)
+        slow.fail(write=errno.ENOSPC)
+        slow.hold()
+        flushing.join()
+        assert said == [errno.ENOSPC]
+        slow.fail()
+        assert "changed by somebody else" in manager.inject(memory, PAGE).reason
+        with pytest.raises(hwpoison.PoisonError):
+            memory.read(PAGE, 4)
+        assert memory.read(0, 4) == b"BBBB"
+        assert memory.discard() == PAGE
+        assert memory.read(PAGE, 4) == b"XXXX"
+
+
+def test_a_write_that_fails_is_not_taken_for_the_change_of_somebody_else(slow_file: Callable[[bytes], SlowFile]) -> None:
+    slow = slow_file(b"A" * 4 * PAGE)
+    with hwpoison.Manager() as manager, manager.open(slow.path, "r+", name="slow") as memory:
+        memory.write(0, b"B" * PAGE)
+        memory.write(2 * PAGE, b"B" * PAGE)
+        slow.fail_after(1, write=errno.ENOSPC)
+        with pytest.raises(OSError, match="could not be written"):
+            memory.flush()
+        slow.fail()
+        manager.inject(memory, PAGE)
+        assert memory.read(0, 4 * PAGE) == b"B" * PAGE + b"A" * PAGE + b"B" * PAGE + b"A" * PAGE
+        assert memory.lost() == []
+
+
+def _other(file: Path) -> Path:
+    other = file.with_name("other")
+    other.write_bytes(b"D" * 4 * PAGE)
+    return other
+
+
+def _write_and_set_times_back(file: Path) -> None:
+    before = file.stat()
+    file.write_bytes(b"C" * 4 * PAGE)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+CTIME = "the file's ctime changed: it was renamed, replaced or deleted, or its links, attributes or times changed"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda file: os.replace(_other(file), file), CTIME),
+        (lambda file: file.unlink(), CTIME),
+        (lambda file: file.chmod(0o600), CTIME),
+        (lambda file: file.with_name("link").hardlink_to(file), CTIME),
+        (_write_and_set_times_back, CTIME),
+        (lambda file: file.write_bytes(b"C" * 4 * PAGE), "the file was changed by somebody else"),
+        (lambda file: os.truncate(file, 5 * PAGE), "the file was changed by somebody else"),
+        (lambda file: os.truncate(file, PAGE), "the file shrank"),
+    ],
+    ids=["replaced", "deleted", "mode", "link", "times set back", "written", "grown", "shrunk"],
+)
+def test_a_page_that_cannot_be_read_again_is_lost_for_the_reason_that_the_file_gives(
+    change: Callable[[Path], object], reason: str, file: Path
+) -> None:
+    os.utime(file, ns=(1, 1))
+    with hwpoison.Manager() as manager, manager.open(file) as memory:
+        assert memory.read(2 * PAGE, 4) == b"AAAA"
+        change(file)
+        assert manager.inject(memory, 2 * PAGE).reason == reason
+        assert memory.lost() == [(str(file), 2 * PAGE, PAGE)]
 
 
 def test_an_answer_that_is_larger_than_a_packet_arrives(file: Path) -> None:

@@ -146,8 +146,10 @@ def test_each_capability_says_what_it_gives_and_how_to_get_it(privilege: str) ->
     assert {one["state"] for one in capabilities.values()} <= {"yes", "no", "unknown"}
     assert all(one["found"] and one["gives"] and one["how"] for one in capabilities.values())
     table = run(privilege).stdout
+    assert "0x" not in table, "no number that only programs understand"
     for name, one in capabilities.items():
         assert len(re.findall(rf"^ \S {re.escape(name)}  +\S", table, re.MULTILINE)) == 1, name
+        assert one["gives"][:30] in table
         if one["state"] == "no" and one["group"] != "surroundings":
             assert one["how"][:30] in table
     assert table.replace("\n", " ").split("  ")[-1].strip().startswith(document["verdict"][:40])

@@ -86,6 +86,9 @@ class Connection:
             while self._unmapped:
                 self._exchange(channel, protocol.Unmap(self._unmapped.popleft()))
             reply, reply_fds = self._exchange(channel, message, fds)
+        except protocol.NoDescriptorError:
+            self._idle.append(channel)
+            raise
         except (OSError, EOFError) as error:
             channel.close()
             raise ConnectionError(f"the manager of {self.socket_name} is gone: {error}") from error
@@ -104,8 +107,12 @@ class Connection:
     def _exchange(
         channel: socket.socket, message: protocol.Message, fds: list[int] | None = None
     ) -> tuple[protocol.Message, list[int]]:
-        protocol.send(channel, message, fds or ())
-        return protocol.receive_reply(channel)
+        try:
+            protocol.send(channel, message, fds or ())
+            return protocol.receive_reply(channel)
+        except (BrokenPipeError, ConnectionResetError):
+            # It has closed the channel without reading this; what it said before can be read now.
+            return protocol.receive_reply(channel)
 
     def _channel(self) -> socket.socket:
         with suppress(IndexError):
@@ -117,10 +124,13 @@ class Connection:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs, self._control_lock:
-                self._exchange(self._control, message, [theirs.fileno()])
+                reply, _ = self._exchange(self._control, message, [theirs.fileno()])
         except (OSError, EOFError) as error:
             ours.close()
             raise ConnectionError(f"the manager of {self.socket_name} is gone: {error}") from error
+        if isinstance(reply, protocol.Failed):
+            ours.close()
+            raise protocol.error_of(reply)
         return ours
 
     def watch_mapping(self, mapping: mmap.mmap, number: int) -> None:

@@ -6,7 +6,8 @@ import errno
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from hwpoison.app.view import GuardedView, array_over
+from hwpoison.app.efault import lost_by
+from hwpoison.app.view import GuardedView, Mark, Visit, array_over
 from hwpoison.errors import PoisonError, Range
 
 if TYPE_CHECKING:
@@ -20,12 +21,12 @@ class SafeView:
     """A memory as one guard shows it: the live content, read-only. An access to lost bytes is an access to zeros, and is
     recorded: the guard, or `check`, raises."""
 
-    __slots__ = ("_seen", "_view", "memory")
+    __slots__ = ("_mark", "_view", "memory")
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, memory: Memory, view: GuardedView, mark: Mark) -> None:
         self.memory = memory
-        self._view: GuardedView = memory.guarded_view()
-        self._seen = 0
+        self._view = view
+        self._mark = mark
 
     @property
     def buffer(self) -> memoryview:
@@ -50,20 +51,16 @@ class SafeView:
 
     def check(self) -> None:
         """Raise PoisonError for what was met since the guard began or this last raised; then it can be met again."""
-        if self._view.unseen(self._seen):
-            met, self._seen = self._view.settle(self._seen)
+        if self._view.unseen(self._mark.seen):
+            met, count = self._view.settle(self._mark.seen)
             if met:
-                raise PoisonError(met)
-
-    def begin(self) -> None:
-        self._seen = self._view.enter()
-
-    def end(self) -> list[Range]:
-        return self._view.leave(self._seen)
-
-    def lost(self) -> list[Range]:
-        """All that is lost of the memory now."""
-        return self._view.lost()
+                try:
+                    raise PoisonError(met)
+                except PoisonError:
+                    # Now even what a signal handler raises has the PoisonError as its context.
+                    self._mark.seen = count
+                    raise
+            self._mark.seen = count
 
 
 class guard:  # noqa: N801  (used as a function)
@@ -71,10 +68,15 @@ class guard:  # noqa: N801  (used as a function)
 
     At its end it raises `PoisonError` if anybody met lost bytes through its views, also if the body raised an Exception:
     then from that. KeyboardInterrupt, SystemExit and cancellation pass, with a note. Guards nest and run in several
-    threads; each instance is for one `with` at a time. A view must not be used after its guard: then it is a SIGBUS.
+    threads; each instance is for one `with` at a time. A view must not be used after its guard: then it is a SIGBUS. If
+    a signal handler raises while a guard begins or ends, what it had not told yet is told by the next guard.
+
+    An OSError with EFAULT becomes a `PoisonError` of lost bytes of the memories if they can be the reason and nothing else
+    of managed memory can. If others can too (in user mode a system call gets EFAULT also for pages that are not present),
+    the OSError passes with a note that names the lost bytes; if lost bytes can't be the reason, it passes as it is.
     """
 
-    __slots__ = ("_memories", "_views")
+    __slots__ = ("_memories", "_visits")
 
     def __init__(self, *memories: Memory) -> None:
         if not memories:
@@ -83,36 +85,51 @@ class guard:  # noqa: N801  (used as a function)
             if not hasattr(memory, "guarded_view"):
                 raise TypeError(f"guard() takes memories of a manager, not {type(memory).__name__}")
         self._memories = memories
-        self._views: list[SafeView] = []
+        self._visits: list[Visit] = []
 
     def __enter__(self) -> Any:
-        views: list[SafeView] = []
         try:
+            # Some are left if a signal handler raised in `__exit__`.
+            self._end()
+            views = []
             for memory in self._memories:
-                view = SafeView(memory)
-                view.begin()
-                views.append(view)
+                view = memory.guarded_view()
+                self._visits.append(view.enter())
+                views.append(SafeView(memory, view, self._visits[-1].mark))
+            return views[0] if len(views) == 1 else tuple(views)
         except BaseException:
-            for view in views:
-                view.end()
+            self._end()
             raise
-        self._views = views
-        return views[0] if len(views) == 1 else tuple(views)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        views, self._views = self._views, []
-        met: list[Range] = []
-        for view in views:
-            met += view.end()
-        if error is None:
+        try:
+            met: list[Range] = []
+            for visit in self._visits:
+                met += visit.leave()
+            if not met and isinstance(error, OSError) and error.errno == errno.EFAULT:
+                met = lost_by(error, self._memories)
             if met:
-                raise PoisonError(met)
+                self._tell(met, error)
+        finally:
+            self._end()
+
+    def _tell(self, met: list[Range], error: BaseException | None) -> None:
+        if error is not None and not isinstance(error, Exception):
+            error.add_note(f"hwpoison: lost bytes were met as well: {', '.join(map(str, met))}")
+            self._told()
             return
-        if not met and isinstance(error, OSError) and error.errno == errno.EFAULT:
-            # In a system call a lost page is EFAULT where the kernel does not let the manager see it.
-            met = [one for view in views for one in view.lost()]
-        if not met:
-            return
-        if isinstance(error, Exception):
+        try:
             raise PoisonError(met) from error
-        error.add_note(f"hwpoison: lost bytes were met as well: {', '.join(map(str, met))}")
+        except PoisonError:
+            # Now even what a signal handler raises has the PoisonError as its context.
+            self._told()
+            raise
+
+    def _told(self) -> None:
+        for visit in self._visits:
+            visit.told()
+
+    def _end(self) -> None:
+        while self._visits:
+            self._visits[-1].end()
+            self._visits.pop()

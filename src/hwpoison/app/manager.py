@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import fcntl
 import operator
 import os
 import socket
@@ -97,7 +98,14 @@ class BaseManager:
         return self._memory(protocol.Attach(_checked_name(name) or ""))
 
     def _memory(self, message: protocol.Message, fds: list[int] | None = None) -> Memory:
-        found, memory_fds = self.connection.request_fds(message, protocol.Found, fds)
+        try:
+            found, memory_fds = self.connection.request_fds(message, protocol.Found, fds)
+        except protocol.NoDescriptorError as error:
+            # The manager has made it and holds it for us.
+            missed = protocol.decode_reply(error.packet)
+            if isinstance(missed, protocol.Found):
+                self.connection.request(protocol.Release(missed.object), protocol.Done)
+            raise
         try:
             memory = Memory(self, found, memory_fds[0])
         except BaseException:
@@ -252,6 +260,10 @@ class Manager(BaseManager):
         # Where it can't be had, nothing is started: a manager that is killed early may leave its keeper for a while.
         os.close(open_userfaultfd().fd)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        if theirs.fileno() <= 2:
+            # This process has closed a standard descriptor. In the manager's that number is for what it is meant for.
+            low, theirs = theirs, socket.socket(fileno=fcntl.fcntl(theirs, fcntl.F_DUPFD_CLOEXEC, 3))
+            low.close()
         command = [sys.executable, "-P", "-m", "hwpoison.service.daemon", "--channel", str(theirs.fileno())]
         if memory_limit is not None:
             command += ["--memory-limit", str(memory_limit)]
@@ -265,6 +277,8 @@ class Manager(BaseManager):
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                # Where there was none at the start, its number may be anything now, a file with data for instance.
+                stderr=None if sys.__stderr__ else subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )

@@ -32,6 +32,15 @@ _mapped: dict[object, tuple[int, int]] = {}
 """Address and size of every mapping of this process, by a key of its own: addresses are used again."""
 
 
+_memories: weakref.WeakValueDictionary[int, Memory] = weakref.WeakValueDictionary()
+
+
+def all_memories() -> list[Memory]:
+    """Those that are open in this process."""
+    found = [reference() for reference in _memories.valuerefs()]
+    return [one for one in found if one is not None and not one.closed and one._connection.owner == os.getpid()]
+
+
 def _fence_in_child() -> None:
     """A forked child has none of the mappings. Nothing else may come to their addresses: views of them would show it."""
     for address, nbytes in _mapped.values():
@@ -64,6 +73,7 @@ class Memory:
         self._guarded: GuardedView | None = None
         self._lock = threading.Lock()
         self.closed = False
+        _memories[id(self)] = self
 
     # --- mapping
 
@@ -140,11 +150,12 @@ class Memory:
         """A copy of bytes. Raises PoisonError, naming all that is lost of them; ValueError outside the memory."""
         self._check_range(offset, nbytes)
         view = self.guarded_view()
-        seen = view.enter()
+        visit = view.enter(tells=False)
         try:
             content = bytes(view.buffer[offset : offset + nbytes])
         finally:
-            met = view.leave(seen)
+            met = visit.leave()
+            visit.told()
         # An overlapping guard may have met other losses.
         begin, end = offset // PAGE_SIZE * PAGE_SIZE, offset + nbytes
         met = [one for one in met if one.offset < end and begin < one.offset + one.nbytes]
@@ -241,9 +252,11 @@ class Memory:
         return self._connection.request(protocol.Discard(self._number, offset, nbytes), protocol.Count).nbytes
 
     def on_failure(self, function: Callable[[Notice], object]) -> Handle:
-        """Call `function` with a `Notice` for each loss from now on, on the thread "hwpoison-notices".
+        """Call `function` with a `Notice` for each loss from now on, in order, on the thread "hwpoison-notices".
 
-        Its exceptions go to the logger "hwpoison". Returns a handle with `cancel()`.
+        Each loss is told once, however slow the function is. But where more than 1,000 notices wait for it, those of losses
+        that have been repaired or discarded meanwhile may be left out; they are in `events()`. The function's exceptions go
+        to the logger "hwpoison". Returns a handle with `cancel()`.
         """
         self._check_open()
         if not callable(function):
@@ -297,7 +310,7 @@ class Memory:
         self._check_open()
         if offset < 0 or nbytes < 0 or offset + nbytes > self.nbytes:
             raise ValueError(
-                f"{nbytes} bytes at offset {offset} are not within {self.name!r}, which has {self.nbytes} bytes"
+                f"bytes {offset} to {offset + nbytes} are not within {self.name!r}, which ends at {self.nbytes}"
             )
 
     def _rest(self, offset: int, nbytes: int | None) -> int:

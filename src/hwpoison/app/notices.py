@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from hwpoison import protocol
-from hwpoison.core.records import Notice, Outcome, State
+from hwpoison.core.records import Notice
 
 if TYPE_CHECKING:
     from hwpoison.app.connection import Connection
@@ -74,14 +74,6 @@ class Notices:
     def _deliver(self, message: protocol.Reply) -> None:
         if isinstance(message, protocol.Told):
             self._call(message.notice)
-        elif isinstance(message, protocol.Missed):
-            with self._lock:
-                memories = {memory.name: memory for memory, _ in self._functions}
-            for memory in memories.values():
-                if not memory.closed:
-                    for name, offset, nbytes in memory.lost():
-                        self._call(Notice(event_id="", name=name, offset=offset, nbytes=nbytes, state=State.UNKNOWN,
-                                          outcome=Outcome.RECOVERED, reason="too many losses to tell each"))  # fmt: skip
 
     def _call(self, notice: Notice) -> None:
         with self._lock:

@@ -1,14 +1,23 @@
 """A guarded view: a second, private, read-only mapping of a memory, in which lost bytes can be met without a signal.
 
 The manager counts each loss that is met in a word that it shares with this process, then answers with a private page of
-zeros. Whoever uses the view compares the count at the end. `clean` is the count up to which all such zeros are gone again:
-a guard that begins measures from there, so zeros that an overlapping guard has met can't be read unnoticed.
+zeros, if a second word says that a guard is open. Whoever uses the view compares the count at the end. `_clean` is the count
+up to which all such zeros are gone again: a guard that begins sees to it that all are, and measures from there, so zeros
+that an overlapping guard has met can't be read unnoticed.
+
+A signal handler (Ctrl-C) may raise between any two bytecodes. So there is no lock that could stay locked, and no number that
+could stay wrong: the word of open guards is always made from the set of them, in one step, and a visit that its owner could
+not end is ended by its own death. What its guard had met is told by the next guard.
 """
 
 from __future__ import annotations
 
 import mmap
-import threading
+import os
+import weakref
+from _thread import allocate_lock
+from heapq import heappushpop
+from operator import setitem
 from typing import Any, Literal
 
 import numpy
@@ -19,6 +28,68 @@ from hwpoison.app.connection import Connection
 from hwpoison.errors import Range
 from hwpoison.linux import syscalls
 from hwpoison.linux.syscalls import PAGE_SIZE
+
+
+class Mark:
+    """How far one guard has looked: it has `seen` that many of the losses that the view has met.
+
+    `tells`: what it has not told when it is interrupted, the next one must; then it is `owed`.
+    """
+
+    __slots__ = ("owed", "seen", "tells")
+
+    def __init__(self, seen: int, tells: bool) -> None:
+        self.seen = seen
+        self.tells = tells
+        self.owed = False
+
+
+class Entry(weakref.ref["Visit"]):
+    """A visit in the view's books, which do not keep it; known by itself, as a plain reference is not once that has died."""
+
+    __slots__ = ()
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+
+class Visit:
+    """One guard's stay in a view, made by `enter`. Only the guard may keep it: it ends, at the latest, when it dies."""
+
+    __slots__ = ("__weakref__", "_entry", "_view", "mark")
+
+    def __init__(self, view: GuardedView, mark: Mark) -> None:
+        self._view = view
+        self.mark = mark
+        self._entry: Entry | None = Entry(self, view.end)
+
+    def leave(self) -> list[Range]:
+        """The guard is open no more; the losses met since the mark. Then `told` must follow, if there are any.
+
+        The word of open guards is stored before the count is loaded; the manager counts before it looks at the open
+        guards. So a loss that is met while the last guard ends is either seen here or answered with SIGBUS.
+        """
+        if self._entry is None:
+            return []
+        self._view.shut(self._entry)
+        met = self._view.settle(self.mark.seen)[0] if self._view.unseen(self.mark.seen) else []
+        if not met:
+            self.told()
+        return met
+
+    def told(self) -> None:
+        """What `leave` returned has been told."""
+        if self._entry is not None:
+            self._view.forget(self._entry)
+            self._entry = None
+
+    def end(self) -> None:
+        """As its death would: if it was not left, or what it has met was not told, the next guard tells it."""
+        if self._entry is not None:
+            self._view.end(self._entry)
+            self._entry = None
+
+
+_store: Any = setitem
 
 
 class GuardedView:
@@ -34,81 +105,121 @@ class GuardedView:
         self._words = connection.words
         self._met_word = 2 * mapped.slot
         self._guards_word = 2 * mapped.slot + 1
-        self._lock = threading.Lock()
-        self._guards = 0
-        self._looking = 0
-        self._clean = 0
-        self._forget = 0
+        self._open: set[Entry] = set()
+        self._untold: dict[Entry, Mark] = {}
+        """The marks of all that are open, that have still to tell what they met, or that have left that to the next."""
+        self._clean_heap = [0]
 
     @property
     def buffer(self) -> memoryview:
         return memoryview(self._mapping)[: self._nbytes]
 
-    def enter(self) -> int:
-        """One guard more; what it has seen of the count so far. Raises ConnectionError in a forked child."""
+    @property
+    def address(self) -> int:
+        return syscalls.address_of(self._mapping)
+
+    @property
+    def _clean(self) -> int:
+        return self._clean_heap[0]
+
+    # --- guards
+
+    def enter(self, *, tells: bool = True) -> Visit:
+        """One guard more. With `tells` it takes on what interrupted ones have not told. Raises ConnectionError in a forked
+        child."""
         # A child shares the words with its parent, and must not touch them.
         self._connection.check()
-        with self._lock:
-            if not self._looking and self._words[self._met_word] != self._clean:
-                # Somebody has used the view outside of all guards. What was left there must not meet this one.
-                self._settle(self._clean)
-            self._guards += 1
-            self._looking += 1
-            self._words[self._guards_word] = self._guards
-            return self._clean
+        owed = self._owed() if self._untold and tells else {}
+        mark = Mark(self._clean, bool(owed))
+        visit = Visit(self, mark)
+        assert visit._entry is not None
+        if owed:
+            mark.seen = min(mark.seen, *(one.seen for one in owed.values()))
+        self._untold[visit._entry] = mark
+        for entry in owed:
+            self._untold.pop(entry, None)
+        self._open.add(visit._entry)
+        self._publish()
+        if self.unseen(self._clean):
+            # What others have met must not meet this one: their zeros, nor the poison markers that the manager has answered
+            # with while no guard was open. None of those can come after this: from now on it sees a guard.
+            _, count = self.settle(self._clean)
+            if not owed:
+                mark.seen = count
+        mark.tells = tells
+        return visit
 
-    def leave(self, seen: int) -> list[Range]:
-        """One guard less; the losses met since `seen`.
+    def _owed(self) -> dict[Entry, Mark]:
+        """What guards that have ended did not tell."""
+        found = {}
+        for entry, mark in list(self._untold.items()):
+            if entry() is None and not mark.owed:
+                self.end(entry)  # A signal handler has raised even while it died.
+            if mark.owed:
+                found[entry] = mark
+        return found
 
-        The word of open guards is stored before the count is loaded; the manager counts before it looks at the open
-        guards. So a loss that is met while the last guard ends is either seen here or answered with SIGBUS. Nothing is
-        forgotten before the last guard has looked: others may have ended since this one was left.
-        """
-        with self._lock:
-            self._guards -= 1
-            self._words[self._guards_word] = self._guards
-        with self._lock:
-            try:
-                return self._settle(seen)[0] if self._words[self._met_word] != seen else []
-            finally:
-                self._looking -= 1
-                if not self._looking:
-                    self._forget = self._clean
+    def shut(self, entry: Entry) -> None:
+        """One open guard less."""
+        self._open.discard(entry)
+        self._publish()
+
+    def forget(self, entry: Entry) -> None:
+        """It has told all that it met."""
+        self._untold.pop(entry, None)
+
+    def end(self, entry: Entry) -> None:
+        """A visit was not left, or what it has met was not told. Asks the manager nothing: this may run anywhere."""
+        if os.getpid() != self._connection.owner:
+            return
+        self.shut(entry)
+        mark = self._untold.get(entry)
+        if mark is None or mark.owed:
+            return
+        if self.unseen(self._clean):
+            self._mapping.madvise(mmap.MADV_DONTNEED)
+        if mark.tells and self.unseen(mark.seen):
+            mark.owed = True
+        else:
+            self.forget(entry)
+
+    def _publish(self) -> None:
+        """Show the manager how many guards are open."""
+        # A child shares the words with its parent.
+        if os.getpid() == self._connection.owner:
+            # Counted and stored by one call into C: no signal handler and, with the GIL, no other thread can come between.
+            next(map(_store, (self._words,), (self._guards_word,), map(len, (self._open,))))
+            # A lock that is taken is a memory barrier: the count of losses is loaded only after that was stored.
+            allocate_lock().acquire()
+
+    # --- losses
 
     def unseen(self, seen: int) -> bool:
         """True if losses were met since `seen`."""
         return bool(self._words[self._met_word] != seen)
 
     def settle(self, seen: int) -> tuple[list[Range], int]:
-        """The losses met since `seen`, and the count now. Their zeros are gone: another access is another loss met."""
-        with self._lock:
-            return self._settle(seen)
+        """The losses met since `seen`, and the count now. Their zeros are gone: another access is another loss met.
 
-    def _settle(self, seen: int) -> tuple[list[Range], int]:
-        reply = self._connection.request(protocol.Met(self._number, seen, self._forget), protocol.Ranges)
+        The manager keeps them until every guard whose mark is older has told them.
+        """
+        forget = min([self._clean, *(mark.seen for mark in list(self._untold.values()))])
+        reply = self._connection.request(protocol.Met(self._number, seen, forget), protocol.Ranges)
         for offset, nbytes in reply.ranges:
             self._mapping.madvise(mmap.MADV_DONTNEED, offset, -(-nbytes // PAGE_SIZE) * PAGE_SIZE)
-        self._clean = max(self._clean, reply.count)
+        # A heap of one item keeps the larger one, in one step.
+        heappushpop(self._clean_heap, reply.count)
         return [Range(self._name, *one) for one in reply.ranges], reply.count
-
-    def lost(self) -> list[Range]:
-        """All that is lost of the memory."""
-        reply = self._connection.request(protocol.Lost(self._number), protocol.Ranges)
-        return [Range(self._name, *one) for one in reply.ranges]
 
     def close(self) -> None:
         """Raises BufferError if there are open guards, arrays or memoryviews of it."""
-        if self._looking:
+        if any(entry() is not None for entry in list(self._untold)):
             raise BufferError(f"{self._name!r} is being guarded; end its guards before close()")
         try:
             self._mapping.close()
         except BufferError:
             raise BufferError(f"a guarded view of {self._name!r} has arrays or memoryviews; delete them first") from None
         self._connection.request(protocol.Unmap(self._number), protocol.Done)
-
-    @property
-    def address(self) -> int:
-        return syscalls.address_of(self._mapping)
 
 
 def array_over(

@@ -5,6 +5,7 @@ This package alone prints and chooses exit statuses. A new command is one file a
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import click
 
 from hwpoison.cli.common import FINE, INTERRUPTED, USAGE, reason
+from hwpoison.linux.standard import open_standard_streams
 
 
 class Place(NamedTuple):
@@ -91,8 +93,10 @@ def command(context: click.Context) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status. Every error is one line on standard error."""
-    # Python has None for what was closed when it started.
-    sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    open_standard_streams()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A mark that a terminal's encoding lacks must not cost the rest of the output.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = command.main(arguments, prog_name="hwpoison", standalone_mode=False)
     except click.UsageError as error:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -101,12 +102,29 @@ def connected(address: str | None) -> Iterator[SharedManager]:
         manager = hwpoison.connect(address, maps=False)
     except (ConnectionError, MalformedError) as error:
         cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
-        raise NoManagerError(f"no manager answers at {address}: {reason(cause)}; {HOW_TO_START}") from error
+        if isinstance(cause, OSError) and cause.errno == errno.ENAMETOOLONG:
+            raise cause from None  # the input is wrong: nobody can serve there
+        raise NoManagerError(f"no manager answers at {address}: {_why_not(address, cause)}; {HOW_TO_START}") from error
     try:
         with manager:
             yield manager
     except ConnectionError as error:
         raise NoManagerError(f"{reason(error)}; {HOW_TO_START}") from error
+
+
+def _why_not(address: str, error: BaseException) -> str:
+    """Why nobody answers: "Connection refused" is said of a file of any kind."""
+    path = Path(address)
+    if isinstance(error, ConnectionRefusedError) and path.exists():
+        return "the manager that made this socket has ended" if path.is_socket() else "it is no socket"
+    return reason(error)
+
+
+def wait_for_log(manager: SharedManager) -> None:
+    """Until all that has happened so far is in the event log: an id that is printed must be found there."""
+    from hwpoison import protocol
+
+    manager.connection.request(protocol.SyncLog(), protocol.LogPlace)
 
 
 # --- what is printed
@@ -136,9 +154,24 @@ def print_failure(where: str, failure: Failure, *, as_json: bool) -> int:
         print_json(msgspec.to_builtins(failure))
     else:
         click.echo(paint(kernel_line(where, failure), outcome=failure.outcome))
-        if failure.victims:
-            click.echo(f"Data lost in process {', '.join(map(str, failure.victims))}")
+        if consequence := _consequence(failure):
+            click.echo(consequence)
     return FOUND if failure.victims or failure.outcome is Outcome.FAILED else FINE
+
+
+def _consequence(failure: Failure) -> str:
+    """What the kernel's words mean here, for somebody who reads them for the first time; nothing if they say it all."""
+    from hwpoison.core.failure import TABLE
+    from hwpoison.core.records import Outcome, State
+
+    if failure.victims:
+        return f"Data lost in process {', '.join(map(str, failure.victims))}"
+    if failure.outcome is Outcome.FAILED and not failure.already_poisoned:
+        return "The bad page could not be isolated: it may be used again."
+    if failure.state is State.UNKNOWN and failure.reason:
+        return ""  # what the kernel's hard offline made of it
+    does = next(row.does for row in TABLE if row.state is failure.state).replace("nothing:", "nothing was done:")
+    return f"{does[0].upper()}{does[1:]}."
 
 
 OUTCOME_COLOURS = {"Recovered": "green", "Delayed": "yellow", "Ignored": "cyan", "Failed": "red"}
@@ -153,6 +186,11 @@ def paint(text: str, *, outcome: str = "", colour: str = "") -> str:
     """`text` in the colour of an outcome, or in `colour`."""
     colour = colour or OUTCOME_COLOURS.get(outcome, "")
     return click.style(text, fg=colour) if colour and coloured() else text
+
+
+def bytes_text(nbytes: int) -> str:
+    """A size for people, exact."""
+    return "1 byte" if nbytes == 1 else f"{nbytes} bytes"
 
 
 def size_text(nbytes: int) -> str:
@@ -186,10 +224,13 @@ def console(*, without_terminal: int, at_most: int | None = None) -> Console:
     from rich.console import Console
 
     class Output(Console):
-        """Leaves it to `hwpoison.cli.main` what becomes of us when nobody reads any more."""
+        """Ends no line with blanks, and leaves it to `hwpoison.cli.main` what becomes of us when nobody reads any more."""
 
-        def on_broken_pipe(self) -> None:
-            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+        def print(self, *objects: Any, **options: Any) -> None:
+            with self.capture() as captured:
+                super().print(*objects, **options)
+            sys.stdout.write(re.sub(" +$", "", captured.get(), flags=re.MULTILINE))
+            sys.stdout.flush()
 
     output = Output(highlight=False, no_color=not coloured(), width=None if sys.stdout.isatty() else without_terminal)
     if at_most is not None:

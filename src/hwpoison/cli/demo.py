@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from hwpoison.cli.common import FINE, FOUND, json_option, print_json
+from hwpoison.cli.common import FINE, FOUND, bytes_text, json_option, print_json
 
 if TYPE_CHECKING:
     from hwpoison.cli.demo_scenarios import Scenario
@@ -132,7 +132,7 @@ def _checked(path: Path) -> int:
         os.close(fd)
     needed = FILE_PAGES_MIN * PAGE_SIZE
     if found < needed:
-        raise ValueError(f"{path} has {found} bytes and the demo needs at least {needed}: choose a larger file")
+        raise ValueError(f"{path} has {bytes_text(found)} and the demo needs at least {needed}: choose a larger file")
     return min(found, FILE_BYTES_MAX)
 
 

@@ -208,7 +208,7 @@ SCENARIOS = (
     Scenario("page being written back", State.CLEAN_FILE, Outcome.RECOVERED, page_being_written_back,
         "its writer was in flush(). The handler waited until the file had it, so nothing is lost."),
     Scenario("already poisoned page", State.ALREADY_POISONED, Outcome.FAILED, already_poisoned_page,
-        "a process without a guard touched a lost page: SIGBUS, and no wrong byte. The others work on."),
+        "lost before, so there is nothing to recover. A process without a guard touched it: SIGBUS, and no wrong byte."),
     Scenario("truncated page", State.TRUNCATED, Outcome.IGNORED, truncated_page,
         "its memory was closed while the report was on its way. Nobody can reach it any more."),
     Scenario("reserved page", State.RESERVED, Outcome.IGNORED, reserved_page,

@@ -11,10 +11,12 @@ from hwpoison.cli.common import FINE, FOUND, console, json_option, print_json
 from hwpoison.core.records import printable
 from hwpoison.linux.capabilities import probe, works
 from hwpoison.linux.probing import Capability
+from hwpoison.linux.userfaultfd import DEVICE
 
 MARKS = {"yes": ("✓", "green"), "no": ("✗", "yellow"), "unknown": ("?", "cyan")}
 SURROUNDINGS = "surroundings"
 WIDTH_MAX = 120
+USER_MODE = f"a system call that meets a page that is not there gets EFAULT; see {DEVICE} above for how to get more"
 
 
 @click.command
@@ -40,9 +42,7 @@ def _verdict(found: Sequence[Capability]) -> str:
     """In one or two sentences: does it work, how well, and if not, why."""
     if works(found):
         full = any(one.state == "yes" for one in found if one.name in ("/dev/userfaultfd", "userfaultfd(2)"))
-        return "hwpoison works here" + (
-            "." if full else ", in user mode: a system call that meets an absent page gets EFAULT."
-        )
+        return "hwpoison works here" + ("." if full else f", in user mode: {USER_MODE}.")
     trial, *others = [one for one in found if one.needed]
     missing = [one.name for one in others if one.state == "no"]
     why = ", ".join(f"no {name}" for name in missing) or trial.found
@@ -62,7 +62,8 @@ def _print(found: Sequence[Capability]) -> None:
             group = one.group
             output.print(Text(group, "bold"))
         mark, colour = _mark(one)
-        what = Text(f"{printable(one.found)}\n").append(one.gives, "dim")
+        label = "" if one.group == SURROUNDINGS else "gives: "
+        what = Text(f"{printable(one.found)}\n").append(f"{label}{one.gives}", "dim")
         if one.in_the_way:
             what.append(f"\nin the way: {one.how}")
         elif one.state == "no" and one.group != SURROUNDINGS:

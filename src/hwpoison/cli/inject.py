@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from hwpoison.cli.common import connected, json_option, number, print_failure, socket_option
+from hwpoison.cli.common import connected, json_option, number, print_failure, socket_option, wait_for_log
 
 
 @click.command
@@ -25,4 +25,5 @@ def inject(name: str, offset: int, action_required: bool, socket: str | None, as
     """
     with connected(socket) as manager:
         failure = manager.inject(name, offset, action_required)
+        wait_for_log(manager)
     return print_failure(f"{name}+{offset:#x}", failure, as_json=as_json)

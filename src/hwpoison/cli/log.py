@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hwpoison.cli.common import FINE, JSON_VERSION, json_option, paint
+from hwpoison.cli.common import FINE, JSON_VERSION, bytes_text, json_option, paint
 from hwpoison.core.records import printable
 
 if TYPE_CHECKING:
@@ -24,13 +24,14 @@ FOLLOW_SECONDS = 0.2
 @click.command
 @json_option
 @click.option("--follow", is_flag=True, help="Go on with the events that come, until Ctrl-C.")
-@click.option("--event", metavar="ID", help="Only what belongs to one failure.")
+@click.option("--event", metavar="ID", help="Only what belongs to one failure; the manager's line ends with its ID.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the last N events.")
 @click.option("--path", type=click.Path(path_type=Path), help="The log's file. [default: $HWPOISON_LOG, or the user's log]")
 def log(as_json: bool, follow: bool, event: str | None, limit: int | None, path: Path | None) -> int:
     """Read the event log: every report, outcome, notice, repair and discard, of managers that have ended too.
 
-    The events of one failure have the same id. With --json each line is an object; times are UTC.
+    A line has the time (UTC), the failure's id, what happened, and where. With --json each line is an object. It is status 2
+    if there is no log, or nothing with the id that is asked for; --follow waits for either.
 
     \b
     Example:
@@ -42,11 +43,15 @@ def log(as_json: bool, follow: bool, event: str | None, limit: int | None, path:
     path = path or default_path()
     show = _json_line if as_json else _line
     events = _following(path, event, limit) if follow else read(path, event_id=event, limit=limit)
+    found = False
     with suppress(KeyboardInterrupt):
         for one in events:
+            found = True
             sys.stdout.write(show(one) + "\n")
             if follow:
                 sys.stdout.flush()
+        if event is not None and not found and not follow:
+            raise ValueError(f"no event in {path} has the id {event!r}; `hwpoison log` shows those that are there")
     return FINE
 
 
@@ -57,6 +62,8 @@ def _following(path: Path, event_id: str | None, limit: int | None) -> Iterator[
     last: LoggedEvent | None = None
     reader_is_gone = select.poll()
     reader_is_gone.register(sys.stdout.fileno(), 0)
+    if not path.exists():
+        click.echo(f"hwpoison log: there is no event log at {path} yet; waiting for it", err=True)
     while True:
         # A log that does not exist yet will come with the first event.
         with suppress(FileNotFoundError):
@@ -82,7 +89,7 @@ def _line(event: LoggedEvent) -> str:
     place = f"{event.name}+{event.offset:#x}" if event.offset >= 0 else event.name
     said = f"{event.state}: {event.outcome}" if event.state and event.outcome else event.state or event.outcome
     details = [
-        f"{event.nbytes} bytes" if event.nbytes else "",
+        bytes_text(event.nbytes) if event.nbytes else "",
         f"pid {event.pid}" if event.pid else "",
         said,
         event.detail,

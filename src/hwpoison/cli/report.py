@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from hwpoison.cli.common import connected, json_option, number, print_failure, socket_option
+from hwpoison.cli.common import connected, json_option, number, print_failure, socket_option, wait_for_log
 
 
 @click.command
@@ -43,13 +43,16 @@ def report(
     given = [values for values in ways if any(value is not None for value in values)]
     if len(given) != 1 or None in given[0]:
         raise click.UsageError("name one page: --name and --offset, --pfn, --physical, or --pid and --address")
-    from hwpoison.core.records import Report
+    from hwpoison.core.records import Report, Source
 
+    if source == Source.INJECTED:
+        raise click.UsageError(f"--source {source} is for simulated failures; use `hwpoison inject NAME OFFSET`")
     with connected(socket) as manager:
         failure = manager.report(
             name, offset, pfn=pfn, physical=physical, pid=pid, address=address, source=source,
             action_required=action_required,
         )  # fmt: skip
+        wait_for_log(manager)
         page_size = manager.connection.welcome.page_size
     if physical is not None:
         pfn = physical // page_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import click
 
@@ -24,10 +25,13 @@ def serve(socket: str, memory_limit: int | None, offline_foreign: bool) -> int:
 
     \b
     Example:
-      hwpoison serve --socket /run/user/1000/hwpoison.sock --memory-limit 2GiB
+      hwpoison serve --socket /tmp/hwpoison.sock --memory-limit 2GiB
     """
     if offline_foreign and os.geteuid() != 0:
         raise click.UsageError("--offline-foreign needs root, as the kernel's hard offline does; run it with sudo")
+    folder = Path(socket).absolute().parent
+    if not socket.startswith("@") and not folder.is_dir():
+        raise click.UsageError(f"there is no folder {folder}: make it, or choose another path for the socket")
     from hwpoison.service.daemon import serve as serve_at
 
     return serve_at(socket, memory_limit=memory_limit, offline_foreign=offline_foreign)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from hwpoison.cli.common import (
@@ -15,6 +17,10 @@ from hwpoison.cli.common import (
     size_text,
     socket_option,
 )
+from hwpoison.core.records import State
+
+if TYPE_CHECKING:
+    from hwpoison.protocol import Statistics
 
 
 @click.command
@@ -23,39 +29,53 @@ from hwpoison.cli.common import (
 def status(socket: str | None, as_json: bool) -> int:
     """Show how a manager is doing. The exit status is 1 if bytes are lost or a failure ended as Failed.
 
+    "Lost" is what is lost now; everything from "Failures" on is counted since the manager started. The lines below
+    "Failures" say what the pages were, and add up to it. `hwpoison run` is a client of its manager, too.
+
     \b
     Example:
-      hwpoison status --socket /run/user/1000/hwpoison.sock
+      hwpoison status --socket /tmp/hwpoison.sock
     """
     with connected(socket) as manager:
         statistics = manager.statistics()
         lost = sum(one.lost for one in manager.objects())
-    failed = statistics.outcomes.get("Failed", 0)
+    found = FOUND if lost or statistics.outcomes.get("Failed", 0) else FINE
     if as_json:
         import msgspec
 
         print_json({"lost": lost, **msgspec.to_builtins(statistics)})
-        return FOUND if lost or failed else FINE
+    else:
+        print_table((), _rows(statistics, lost))
+    return found
+
+
+def _rows(statistics: Statistics, lost: int) -> list[tuple[str, str]]:
     limit = statistics.memory_limit
-    memory = size_text(statistics.memory_present) + ("" if limit is None else f" of {size_text(limit)}")
-    outcomes = ", ".join(
-        paint(f"{count} {outcome}", outcome=outcome) for outcome, count in sorted(statistics.outcomes.items())
-    )
-    rows = [
+    allowed = "no limit" if limit is None else f"limit {size_text(limit)}"
+    states = dict(statistics.states)
+    again = states.pop(State.ALREADY_POISONED.value, 0)
+    return [
         ("Manager", f"process {statistics.pid} at {statistics.socket}"),
-        ("Memory", memory),
-        ("Objects", str(statistics.objects)),
         ("Clients", str(statistics.clients)),
-        ("Failures", outcomes or "none"),
-        *((f"  {state}", str(count)) for state, count in sorted(statistics.states.items())),
-        ("Lost", paint(size_text(lost), colour="red" if lost else "")),
-        ("Quarantined", size_text(statistics.quarantined)),
+        ("Objects", str(statistics.objects)),
+        ("Memory in use", f"{size_text(statistics.memory_present)} ({allowed})"),
+        ("Lost", paint(f"{size_text(lost)}, until its owner repairs or discards it", colour="red") if lost else "nothing"),
+        ("Failures", _failures(statistics.outcomes)),
+        *((f"  {state}", str(count)) for state, count in sorted(states.items())),
+        *([("Reports of pages known to be bad", f"{again} (no new failures)")] if again else []),
+        ("Bad frames in quarantine", size_text(statistics.quarantined)),
         ("Accesses to lost pages", str(statistics.accesses_to_lost)),
-        ("Faults", str(statistics.faults)),
+        ("Faults served", str(statistics.faults)),
         ("Read from files", size_text(statistics.read)),
         ("Written to files", size_text(statistics.written)),
-        ("Dropped to save memory", size_text(statistics.dropped)),
-        ("Events not logged", str(statistics.events_dropped)),
+        ("Dropped to keep the limit", size_text(statistics.dropped)),
+        *([("Events not logged", paint(str(statistics.events_dropped), colour="red"))] if statistics.events_dropped else []),
     ]
-    print_table((), rows)
-    return FOUND if lost or failed else FINE
+
+
+def _failures(outcomes: dict[str, int]) -> str:
+    """The number, and how they ended."""
+    if not outcomes:
+        return "none"
+    ends = ", ".join(paint(f"{count} {outcome}", outcome=outcome) for outcome, count in sorted(outcomes.items()))
+    return f"{sum(outcomes.values())}: {ends}"

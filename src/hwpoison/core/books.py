@@ -14,7 +14,7 @@ from hwpoison.core.machine import Machine
 from hwpoison.core.mappings import Client
 from hwpoison.core.objects import MemoryObject
 from hwpoison.core.reclaim import Reclaim
-from hwpoison.core.records import Event
+from hwpoison.core.records import Event, Notice
 
 WINDOW_BYTES = 2 << 20
 """Most that is brought in, or written back, at a time."""
@@ -36,7 +36,7 @@ class Books:
         self.observer = observer
         self.offline_foreign = offline_foreign
         self.statistics = Statistics()
-        self._zeros = memoryview(bytes(max(WINDOW_BYTES, machine.page_size)))
+        self._zeros = memoryview(b"")
         self.memory_limit = memory_limit
         limit = None if memory_limit is None else max(1, memory_limit // machine.page_size)
         self.reclaim = Reclaim(self.objects, self.statistics, limit)
@@ -68,13 +68,25 @@ class Books:
 
     async def find_frame(self, number: int) -> tuple[MemoryObject, int] | None:
         """The page whose frame has this PFN."""
-        objects = self.objects()
-        found = await self.machine.find_frame(number, [(one.store, one.is_present) for one in objects])
-        return None if found is None else (objects[found[0]], found[1])
+        while True:
+            objects = self.objects()
+            found = await self.machine.find_frame(number, [(one.store, one.present_runs) for one in objects])
+            # Where an object was, there may be another one by now.
+            if not any(one.closed for one in objects):
+                return None if found is None else (objects[found[0]], found[1])
 
     def zeros(self, count: int) -> memoryview:
         """The content of `count` fresh anonymous pages."""
-        return self._zeros[: count * self.machine.page_size]
+        nbytes = count * self.machine.page_size
+        if len(self._zeros) < nbytes:
+            self._zeros = memoryview(bytes(nbytes))
+        return self._zeros[:nbytes]
+
+    def stands(self, notice: Notice) -> bool:
+        """True until the loss that it tells of is repaired or discarded. A page that is lost again is another loss."""
+        object_ = self._objects.get(notice.name)
+        loss = object_.losses.get(notice.offset // object_.page_size) if object_ is not None else None
+        return loss is not None and loss.event_id == notice.event_id
 
     # --- what happens
 

@@ -133,13 +133,13 @@ async def _locate(books: Books, report: Report) -> Place:
         found = await books.find_frame(report.pfn)
         if found is not None:
             return Place(*found, pfn=report.pfn)
-        return Place(pfn=report.pfn, reserved=books.machine.reserved(number=report.pfn))
+        return Place(pfn=report.pfn, reserved=await books.machine.reserved(number=report.pfn))
     assert report.pid is not None and report.address is not None
     for client in books.clients_of(report.pid):
         mapping = client.find(report.address)
         if mapping is not None:
             return Place(mapping.object, mapping.page(report.address))
-    return Place(reserved=books.machine.reserved(pid=report.pid))
+    return Place(reserved=await books.machine.reserved(pid=report.pid))
 
 
 def _observe(place: Place) -> Condition:
@@ -373,7 +373,7 @@ TABLE: tuple[Row, ...] = (
         "isolated and read again from the file; nobody is told"),
     Row(C.OWNED | C.ANONYMOUS, C.OWNED | C.ANONYMOUS, State.ANONYMOUS, _lose,
         "isolated; the content is lost, the owners are told"),
-    Row(C(0), C(0), State.UNKNOWN, _foreign, "nothing: it is not ours; see --offline-foreign"),
+    Row(C(0), C(0), State.UNKNOWN, _foreign, "nothing: it is not this manager's memory; see serve --offline-foreign"),
 )  # fmt: skip
 """All that a page can be. `docs/states.md` is made from this."""
 

@@ -14,9 +14,9 @@ from hwpoison.core.machine import Content
 from hwpoison.core.mappings import Client, Mapping
 from hwpoison.core.objects import MemoryObject
 from hwpoison.core.pages import DIRTY, LOST, POISONED, PRESENT
-from hwpoison.core.policy import answer_lost
+from hwpoison.core.policy import answer_lost, signal_or_kill
 from hwpoison.core.readahead import next_window
-from hwpoison.core.recovery import UnreadableError, declare_unreadable, read_in
+from hwpoison.core.recovery import UnreadableError, declare_unreadable, read_in, room
 
 WRITE_AROUND_BYTES = 256 << 10
 """Most that one fault declares dirty, when writes are sequential: a failure would lose any page of it."""
@@ -27,9 +27,13 @@ def fault(books: Books, client: Client, address: int, thread: int, *, write: boo
     books.statistics.faults += 1
     mapping = client.find(address)
     if mapping is None:
-        books.start(_stray(client, address), f"stray fault of {client.number}")
+        # The client has told us of no mapping here. It must not be woken into the same fault for ever.
+        signal_or_kill(books, client, address, thread)
+        client.space.wake(address, client.page_size)
     elif protected or not _at_once_or_not(books, mapping, mapping.page(address), write):
         books.start(_served(books, mapping, mapping.page(address), thread, write, protected), f"fault of {client.number}")
+    elif client.told:
+        client.forget_told(address)
 
 
 def _at_once_or_not(books: Books, mapping: Mapping, page: int, write: bool) -> bool:
@@ -49,7 +53,7 @@ def _at_once(books: Books, mapping: Mapping, page: int, write: bool) -> bool:
     if flags & PRESENT:
         mapping.wake(page)
         return True
-    if flags or page in mapping.reads or (write and object_.tracks_dirt) or not books.reclaim.room(1):
+    if flags or page in mapping.reads or (write and object_.tracks_dirt) or not room(books, 1):
         return False
     backing = object_.backing
     if backing is None:
@@ -58,9 +62,12 @@ def _at_once(books: Books, mapping: Mapping, page: int, write: bool) -> bool:
         if backing.writing:
             return False
         nbytes = object_.nbytes_of(page, 1)
-        cached = backing.file.read_cached(backing.offset + page * object_.page_size, nbytes)
-        # Looked at after the read: a change before or during it is seen.
-        if cached is None or len(cached) < nbytes or backing.file.identity() != backing.identity:
+        found = backing.file.read_cached(backing.offset + page * object_.page_size, nbytes)
+        if found is None:
+            return False
+        # The identity is that after the read: a change before or during it is seen.
+        cached, identity = found
+        if len(cached) < nbytes or identity != backing.identity:
             return False
         content = cached if nbytes == object_.page_size else bytes(cached).ljust(object_.page_size, b"\0")
     object_.store.publish(page, content)
@@ -78,11 +85,13 @@ async def _served(books: Books, mapping: Mapping, page: int, thread: int, write:
             await _first_write(books, mapping, page, thread)
         else:
             await _missing(books, mapping, page, thread, write)
+        if mapping.client.told and mapping.object.pages.flags[page] & PRESENT:
+            mapping.client.forget_told(mapping.address_of(page))
     except Exception as error:  # noqa: BLE001
-        # Nobody may sleep for ever because of a defect of ours: the access fails, loudly.
+        # No memory, or a defect of ours. The page is what it was and nothing is lost, but nobody may sleep for ever: this
+        # access fails, loudly, and the next one may succeed.
         books.observer.defect(f"fault at page {page} of {mapping.object.name}", error)
-        mapping.markers.add(page)
-        await mapping.client.space.poison(mapping.address_of(page))
+        signal_or_kill(books, mapping.client, mapping.address_of(page), thread, (mapping.object, page))
     finally:
         mapping.wake(page)
 
@@ -182,10 +191,3 @@ async def prefetch(books: Books, object_: MemoryObject, first: int, count: int) 
                     with suppress(UnreadableError):
                         await bring_in(books, object_, held, window, None, None)
         page += max(1, window)
-
-
-async def _stray(client: Client, address: int) -> None:
-    """A fault where the client has told us of no mapping. It must not be woken into the same fault for ever."""
-    page_size = client.page_size
-    await client.space.poison(address)
-    client.space.wake(address, page_size)

@@ -53,6 +53,11 @@ class RangeLocks:
             one.first < end and first < one.end for one in self._waiting
         )
 
+    @property
+    def busy(self) -> bool:
+        """True if anybody holds or waits for anything."""
+        return bool(self._held or self._waiting)
+
     def hold(self, first: int, count: int = 1) -> Held:
         """`async with locks.hold(page):`"""
         return Held(self, first, count)

@@ -8,11 +8,31 @@ together with their contract case. Errors are `OSError` with the kernel's errno.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, overload
 
 Content = bytes | bytearray | memoryview
+
+LARGE_FRAME_BYTES = 2 << 20
+"""The aligned unit that may be one large frame, if all its pages are present."""
+Runs = Callable[[], Iterable[tuple[int, int]]]
+"""Gives (first, count) of runs of pages."""
+
+
+class Table(Protocol):
+    """Bytes that can be changed, and are 0 at first: what a `bytearray` can do."""
+
+    @overload
+    def __getitem__(self, index: int, /) -> int: ...
+    @overload
+    def __getitem__(self, index: slice, /) -> bytes | bytearray: ...
+    @overload
+    def __setitem__(self, index: int, value: int, /) -> None: ...
+    @overload
+    def __setitem__(self, index: slice, value: bytes | bytearray, /) -> None: ...
+    def __len__(self) -> int: ...
+    def find(self, wanted: bytes, first: int, end: int, /) -> int: ...
 
 
 class Identity(NamedTuple):
@@ -23,6 +43,14 @@ class Identity(NamedTuple):
     nbytes: int
     mtime_ns: int
     ctime_ns: int
+
+
+class Written(NamedTuple):
+    """A write: which version the file was in right before, and right after, and why not all of it could be written."""
+
+    before: Identity
+    after: Identity
+    error: OSError | None
 
 
 class Telling(Enum):
@@ -73,7 +101,11 @@ class Store(Protocol):
         """True if the page is in the object's memory."""
 
     def drop(self, first: int, count: int) -> None:
-        """Remove pages from the object and every process, and let their frames go."""
+        """Remove pages from the object and every process, and let their frames go.
+
+        Raises `NotIsolatedError` if some are still there afterwards, with whatever content: a part of a large frame that
+        somebody holds is only emptied. Whole units of `LARGE_FRAME_BYTES` always go.
+        """
 
     def publish(self, first: int, content: Content) -> None:
         """Make absent pages present with `content` (whole pages). For a few pages: it runs on the event loop."""
@@ -145,21 +177,22 @@ class Hits(Protocol):
 class File(Protocol):
     """A file behind an object. Offsets are the file's, in bytes."""
 
-    def identity(self) -> Identity: ...
+    async def identity(self) -> Identity: ...
 
-    def read_cached(self, offset: int, nbytes: int) -> Content | None:
-        """The bytes, if they can be had without waiting; the buffer is valid until the next call."""
+    def read_cached(self, offset: int, nbytes: int) -> tuple[Content, Identity] | None:
+        """The bytes, and the identity right after they were read, if both can be had without waiting for anybody; the
+        buffer is valid until the next call."""
 
     async def read(self, offset: int, nbytes: int) -> Content:
         """The bytes, fewer only at the end of the file."""
 
-    async def write(self, offset: int, content: Content) -> tuple[Identity, Identity]:
-        """Write it all; the identity right before and right after."""
+    async def write(self, offset: int, content: Content) -> Written:
+        """Write it all, if that is possible. Raises OSError if it is not known which version the file is in."""
 
     async def sync(self) -> None:
         """All that was written is on the disk when this returns."""
 
-    def close(self) -> None: ...
+    async def close(self) -> None: ...
 
 
 class Machine(Protocol):
@@ -173,16 +206,19 @@ class Machine(Protocol):
         """True if `Space.poison` exists here (Linux 6.6 and newer)."""
 
     def create(self, name: str, nbytes: int) -> Store:
-        """Memory for a new object, all of it absent."""
+        """Memory for a new object, all of it absent. Raises MemoryError."""
 
-    async def find_frame(self, number: int, stores: Sequence[tuple[Store, Callable[[int], bool]]]) -> tuple[int, int] | None:
+    def table(self, nbytes: int) -> Table:
+        """A table of zeros, at once, however large: memory comes where something is stored. Raises MemoryError."""
+
+    async def find_frame(self, number: int, stores: Sequence[tuple[Store, Runs]]) -> tuple[int, int] | None:
         """Which of the stores (its index) and which page of it frame `number` is. Each store comes with a function that
-        tells which of its pages are present."""
+        gives the runs of its present pages."""
 
     def quarantined(self, number: int) -> bool:
         """True if the frame is held in quarantine."""
 
-    def reserved(self, *, pid: int | None = None, number: int | None = None) -> bool:
+    async def reserved(self, *, pid: int | None = None, number: int | None = None) -> bool:
         """True if the process is the manager, or the frame is part of the manager's own memory."""
 
     async def offline(self, number: int) -> None:

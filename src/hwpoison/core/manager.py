@@ -10,7 +10,7 @@ import asyncio
 from hwpoison.core import faults, writeback
 from hwpoison.core.books import Books
 from hwpoison.core.failure import memory_failure
-from hwpoison.core.machine import File, Hits, Space
+from hwpoison.core.machine import File, Hits, Identity, Space
 from hwpoison.core.mappings import Client, Mapping
 from hwpoison.core.objects import Backing, MemoryObject
 from hwpoison.core.pages import WRITEBACK
@@ -39,12 +39,22 @@ class MemoryManager(Books):
                 )
         return self._create(name, nbytes, None)
 
-    def open(self, name: str, file: File, offset: int, nbytes: int | None, *, writable: bool) -> MemoryObject:
-        """The object over bytes of `file`: a new one, or that of `name` if it is the same file, range and mode.
+    async def version(self, name: str, file: File) -> Identity:
+        """The version that `file` is in, for an `open` right after this. Not beside an own write, when it says nothing."""
+        known = self._objects.get(name)
+        if known is None or known.backing is None:
+            return await file.identity()
+        async with known.backing.turn:
+            return await file.identity()
+
+    def open(
+        self, name: str, file: File, identity: Identity, offset: int, nbytes: int | None, *, writable: bool
+    ) -> MemoryObject:
+        """The object over bytes of `file`, which is in version `identity`: a new one, or that of `name` if it is the same
+        file, range and mode.
 
         Raises ValueError for a range that is not within the file, FileExistsError for a name that is taken.
         """
-        identity = file.identity()
         if offset < 0 or (nbytes is not None and nbytes <= 0):
             raise ValueError(f"offset {offset} and {nbytes} bytes are no range: offset >= 0 and nbytes >= 1")
         if not identity.nbytes:
@@ -57,19 +67,19 @@ class MemoryManager(Books):
             )
         known = self._objects.get(name)
         if known is not None and known.backing is not None and known.backing.identity is not None:
-            same_file = known.backing.identity[:2] == identity[:2]
+            same_file = known.backing.place == identity[:2]
             if same_file and (known.backing.offset, known.nbytes, known.backing.writable) == (offset, nbytes, writable):
                 if not known.backing.writing and known.backing.identity != identity:
                     raise FileExistsError(
                         f"{name!r} was changed since it was opened here, and that version is still in use; close it, or "
                         "pass another name="
                     )
-                file.close()
+                self.start(file.close(), f"close of the second descriptor of object {known.number}")
                 return known
             if same_file:
                 raise FileExistsError(f"{name!r} is open in another mode or range; pass another name= to have it twice")
         for other in self.objects():
-            if other.lost_changes and other.backing is not None and other.backing.file.identity()[:2] == identity[:2]:
+            if other.lost_changes and other.backing is not None and other.backing.place == identity[:2]:
                 raise FileExistsError(
                     f"changes to this file that were made as {other.name!r} are lost, and it holds what was there before; "
                     f"open it as {other.name!r} in the same mode and range, and repair() or discard() what is in lost()"
@@ -87,7 +97,7 @@ class MemoryManager(Books):
         store = self.machine.create(name, nbytes)
         self._numbers += 1
         try:
-            object_ = MemoryObject(self._numbers, name, nbytes, self.machine.page_size, store, backing)
+            object_ = MemoryObject(self._numbers, name, nbytes, self.machine.page_size, store, backing, self.machine.table)
         except MemoryError:
             store.close()
             raise
@@ -125,7 +135,7 @@ class MemoryManager(Books):
             self.reclaim.left(object_.pages.present)
             object_.store.close()
             if object_.backing is not None:
-                object_.backing.file.close()
+                await object_.backing.file.close()
 
     # --- clients and their mappings
 

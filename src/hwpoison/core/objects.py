@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from hwpoison.core.locks import RangeLocks
-from hwpoison.core.machine import File, Identity, Store
+from hwpoison.core.machine import File, Identity, Store, Table, Written
 from hwpoison.core.mappings import ReverseMap
 from hwpoison.core.pages import PRESENT, WRITEBACK, Pages
 from hwpoison.core.records import Outcome, State
@@ -39,17 +40,62 @@ class Backing:
     offset: int
     writable: bool
     identity: Identity | None
+    changed: str = ""
+    """How it was changed under us, in words."""
     writing: bool = False
     """An own write is in flight: meanwhile the file's identity says nothing."""
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held by the one who writes, or reads what must not be beside a write."""
+    place: tuple[int, int] = field(init=False)
+    """The file's device and inode, which stay."""
+
+    def __post_init__(self) -> None:
+        assert self.identity is not None
+        self.place = self.identity[:2]
+
+    def how_changed(self, now: Identity, end: int = 0) -> str:
+        """What is another about the file than in the version that is known, in words; its bytes up to `end` are wanted."""
+        known = self.identity
+        if now.nbytes < end:
+            return "the file shrank"
+        if known is None:
+            return self.changed
+        if (now.nbytes, now.mtime_ns) != (known.nbytes, known.mtime_ns):
+            return "the file was changed by somebody else"
+        if now != known:
+            # A change of the content after which the mtime was set back looks the same.
+            return "the file's ctime changed: it was renamed, replaced or deleted, or its links, attributes or times changed"
+        return "the file gave fewer bytes than it has"
+
+    def follow(self, written: Written) -> str:
+        """We have written to the file: note which version it is in now. In words, how it was changed by others.
+
+        It is of our making if it was in the known version right before, and our writes change no size. What somebody else
+        has written between the two looks at it can't be told from what we have: times are all that both change.
+        """
+        known = self.identity
+        if known is None:
+            return ""
+        if written.before == known and written.after[:3] == known[:3]:
+            self.identity = written.after
+            return ""
+        self.changed = self.how_changed(written.after if written.before == known else written.before)
+        self.identity = None
+        return self.changed
 
 
 class MemoryObject:
     """One object. `backing` is None for anonymous memory."""
 
     def __init__(
-        self, number: int, name: str, nbytes: int, page_size: int, store: Store, backing: Backing | None = None
+        self,
+        number: int,
+        name: str,
+        nbytes: int,
+        page_size: int,
+        store: Store,
+        backing: Backing | None = None,
+        table: Callable[[int], Table] = bytearray,
     ) -> None:
         self.number = number
         self.name = name
@@ -57,7 +103,7 @@ class MemoryObject:
         self.page_size = page_size
         self.store = store
         self.backing = backing
-        self.pages = Pages(-(-nbytes // page_size))
+        self.pages = Pages(-(-nbytes // page_size), table)
         self.locks = RangeLocks()
         self.mappings = ReverseMap()
         self.losses: dict[int, Loss] = {}
@@ -94,7 +140,7 @@ class MemoryObject:
         """(first, count) of the pages that hold the bytes. Raises ValueError outside the object."""
         if offset < 0 or nbytes < 0 or offset + nbytes > self.nbytes:
             raise ValueError(
-                f"{nbytes} bytes at offset {offset} are not within {self.name!r}, which has {self.nbytes} bytes"
+                f"bytes {offset} to {offset + nbytes} are not within {self.name!r}, which ends at {self.nbytes}"
             )
         first = offset // self.page_size
         return first, -(-(offset + nbytes) // self.page_size) - first if nbytes else 0
@@ -110,6 +156,10 @@ class MemoryObject:
 
     def is_present(self, page: int) -> bool:
         return bool(self.pages.flags[page] & PRESENT)
+
+    def present_runs(self) -> Iterator[tuple[int, int]]:
+        """(first, count) of the runs of pages that are present."""
+        return self.pages.runs(PRESENT)
 
     def lost(self, first: int = 0, count: int | None = None) -> list[Range]:
         """The lost ranges within the pages."""

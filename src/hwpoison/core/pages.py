@@ -5,7 +5,9 @@ A page that has flags of 0 is absent and nobody knows anything bad of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+from hwpoison.core.machine import Table
 
 PRESENT = 1
 """The content is in the object's memory."""
@@ -18,23 +20,25 @@ POISONED = 8
 LOST = 16
 """The content is gone until the owner repairs or discards it. A lost page is absent."""
 
-RUNS_AT_ONCE_PAGES = 1 << 16
-"""An object may have very many pages: they are copied and looked at in pieces of this size."""
+PIECE_PAGES = 1 << 16
+"""An object may have very many pages: they are looked at in pieces of this size, and only where there ever was anything."""
 _WITH = {flag: bytes(1 if value & flag else 0 for value in range(256)) for flag in (1, 2, 4, 8, 16)}
 
 
 class Pages:
     """The state of each page of one object. Indices and counts are in pages."""
 
-    __slots__ = ("count", "flags", "generation", "present")
+    __slots__ = ("_used", "count", "flags", "generation", "present")
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, table: Callable[[int], Table] = bytearray) -> None:
         self.count = count
-        self.flags = bytearray(count)
-        self.generation = bytearray(count)
+        self.flags = table(count)
+        self.generation = table(count)
         """In which generation the page was brought in, see `core.reclaim`; 0 if it is absent or can't be dropped."""
         self.present = 0
         """How many pages are present."""
+        self._used: set[int] = set()
+        """The pieces in which something was not 0 at some time."""
 
     def arrived(self, first: int, count: int, generation: int, flags: int = 0) -> None:
         """Absent pages are present now, with `flags` beside; poison that struck meanwhile stays to be handled."""
@@ -42,9 +46,11 @@ class Pages:
             self.flags[first] = PRESENT | flags
             self.generation[first] = generation
             self.present += 1
+            self._used.add(first // PIECE_PAGES)
             return
         end = first + count
-        if self.flags.count(0, first, end) == count:
+        self._used.update(range(first // PIECE_PAGES, -(-end // PIECE_PAGES)))
+        if self.flags[first:end] == bytes(count):
             self.flags[first:end] = bytes((PRESENT | flags,)) * count
         else:
             for page in range(first, end):
@@ -65,6 +71,7 @@ class Pages:
         """Set `flag`; False if it was set already."""
         before = self.flags[page]
         self.flags[page] = before | flag
+        self._used.add(page // PIECE_PAGES)
         return not before & flag
 
     def clear(self, flag: int, page: int) -> None:
@@ -74,8 +81,14 @@ class Pages:
         """(first, count) of each maximal run of pages that have `flag`, within the range. For use at once: no snapshot."""
         end = self.count if count is None else first + count
         begun = -1
-        for base in range(first, end, RUNS_AT_ONCE_PAGES):
-            has = self.flags[base : min(base + RUNS_AT_ONCE_PAGES, end)].translate(_WITH[flag])
+        for piece in range(first // PIECE_PAGES, -(-end // PIECE_PAGES)):
+            base = max(first, piece * PIECE_PAGES)
+            if piece not in self._used:
+                if begun >= 0:
+                    yield begun, base - begun
+                    begun = -1
+                continue
+            has = self.flags[base : min((piece + 1) * PIECE_PAGES, end)].translate(_WITH[flag])
             at = has.find(1 if begun < 0 else 0)
             while at >= 0:
                 if begun < 0:
@@ -86,6 +99,25 @@ class Pages:
                 at = has.find(1 if begun < 0 else 0, at)
         if begun >= 0:
             yield begun, end - begun
+
+    def find_generation(self, generation: int, first: int = 0) -> int:
+        """The first page from `first` on that came in `generation`; -1 if there is none."""
+        wanted = bytes((generation,))
+        for piece in range(first // PIECE_PAGES, -(-self.count // PIECE_PAGES)):
+            if piece in self._used:
+                page = self.generation.find(wanted, max(first, piece * PIECE_PAGES), (piece + 1) * PIECE_PAGES)
+                if page >= 0:
+                    return page
+        return -1
+
+    def join_generation(self, generation: int, following: int) -> None:
+        """What came in `generation` is from now on said to have come in `following`."""
+        old, new = bytes((generation,)), bytes((following,))
+        for piece in self._used:
+            pages = slice(piece * PIECE_PAGES, min((piece + 1) * PIECE_PAGES, self.count))
+            came = self.generation[pages]
+            if generation in came:
+                self.generation[pages] = came.replace(old, new)
 
     def absent_from(self, first: int, limit: int) -> int:
         """How many pages from `first`, at most `limit`, are absent and not known to be bad."""

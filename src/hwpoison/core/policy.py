@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from hwpoison.core.books import Books
 from hwpoison.core.machine import Telling
-from hwpoison.core.mappings import Mapping
+from hwpoison.core.mappings import Client, Mapping
 from hwpoison.core.objects import Loss, MemoryObject
 from hwpoison.core.records import Notice
 
@@ -61,7 +61,7 @@ async def answer_lost(books: Books, mapping: Mapping, page: int, thread: int) ->
         if books.machine.poison_markers:
             await _mark(mapping, page, address)
         else:
-            _signal_or_kill(books, mapping, thread, address, loss)
+            signal_or_kill(books, mapping.client, address, thread, (object_, page), event_id)
 
 
 async def _mark(mapping: Mapping, page: int, address: int) -> None:
@@ -72,14 +72,20 @@ async def _mark(mapping: Mapping, page: int, address: int) -> None:
         await mapping.client.space.poison(address)
 
 
-def _signal_or_kill(books: Books, mapping: Mapping, thread: int, address: int, loss: Loss | None) -> None:
-    client = mapping.client
+def signal_or_kill(
+    books: Books,
+    client: Client,
+    address: int,
+    thread: int,
+    place: tuple[MemoryObject, int] | None = None,
+    event_id: str = "",
+) -> None:
+    """Fail this one access of a thread that sleeps in a fault, and leave nothing behind. After this it may be woken."""
     told = client.told.get((thread, address), 0)
     telling = client.space.telling(thread)
     if telling in (Telling.IGNORED, Telling.BLOCKED) or told >= TELL_LIMIT:
         why = f"SIGBUS is {telling.value}" if told < TELL_LIMIT else f"{TELL_LIMIT} SIGBUS did not help it"
-        event_id = loss.event_id if loss else ""
-        books.record("kill", mapping.object, mapping.page(address), event_id=event_id, pid=client.pid, detail=why)
+        books.record("kill", *(place or ()), event_id=event_id, pid=client.pid, detail=why)
         client.space.kill()
     else:
         client.told[thread, address] = told + 1

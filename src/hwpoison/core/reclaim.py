@@ -3,6 +3,11 @@
 Age is one byte a page: the generation in which it came. A generation ends when a sixty-fourth of the limit has come, so
 "least recently" is right to that grain. When the byte has no value left, what remains of the oldest generation joins the
 next one: their order is lost, which matters little at such an age.
+
+A unit of `LARGE_FRAME_BYTES` that is present as a whole goes as a whole, or stays. Objects refuse large frames, but whoever
+has the memory can have the kernel make one of such a unit all the same, and a part of it that is taken out while somebody
+holds the frame would stay, and read as zeros. With a page absent it is never made one: the kernel leaves those absent for
+which a userfaultfd wants to be asked.
 """
 
 from __future__ import annotations
@@ -11,13 +16,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from hwpoison.core.accounting import Statistics
+from hwpoison.core.machine import LARGE_FRAME_BYTES
 from hwpoison.core.objects import MemoryObject
-from hwpoison.core.pages import DIRTY, POISONED, PRESENT, WRITEBACK
+from hwpoison.core.pages import PRESENT
 
 GENERATIONS = 255
 """Values of the byte that are generations; 0 is none."""
-RUN_BYTES = 2 << 20
-"""Most that is dropped by one system call."""
+_ABSENT = bytes(0 if value & PRESENT else 1 for value in range(256))
 
 
 class Reclaim:
@@ -55,11 +60,8 @@ class Reclaim:
 
     def _join_oldest(self) -> None:
         following = self._oldest % GENERATIONS + 1
-        joined = bytes(following if value == self._oldest else value for value in range(256))
         for object_ in self._objects():
-            generation = object_.pages.generation
-            if self._oldest in generation:
-                generation[:] = generation.translate(joined)
+            object_.pages.join_generation(self._oldest, following)
         self._oldest = following
 
     def left(self, count: int) -> None:
@@ -79,55 +81,68 @@ class Reclaim:
         finally:
             self._coming -= count
 
-    def room(self, count: int) -> bool:
-        """Make room for `count` pages without waiting, if that is possible; whether there is room."""
-        while (over := self.over(count)) > 0:
-            victim = self.oldest_run(over)
-            if victim is None or victim[0].tracks_dirt:
-                return False
-            self.drop(*victim)
-        return True
-
     def drop(self, object_: MemoryObject, first: int, count: int) -> None:
-        """Drop clean pages that nobody has locked."""
+        """Drop clean pages that nobody has locked. Raises `NotIsolatedError` if they are still there."""
         object_.store.drop(first, count)
         object_.pages.left(first, count)
         self.left(count)
         self._statistics.pages_dropped += count
 
     def oldest_run(self, wanted: int) -> tuple[MemoryObject, int, int] | None:
-        """Up to `wanted` neighbouring pages of the oldest generation that can be dropped now: object, first, count."""
+        """Up to `wanted` neighbouring pages of the oldest generation that can be dropped now, or the whole unit that may be
+        one frame with the first of them: object, first, count."""
         files = [one for one in self._objects() if one.backing is not None]
         while True:
             for object_ in files:
-                first = self._first_clean(object_)
-                if first is not None:
-                    return object_, first, self._run_length(object_, first, min(wanted, object_.pages_in(RUN_BYTES)))
+                run = self._oldest_run_of(object_, wanted)
+                if run is not None:
+                    return object_, *run
             if self._oldest == self._generation:
                 return None
             self._oldest = self._oldest % GENERATIONS + 1
 
-    def _first_clean(self, object_: MemoryObject) -> int | None:
-        """The first page of the oldest generation that can be dropped; those that can't become young again."""
-        pages = object_.pages
-        page = pages.generation.find(self._oldest)
+    def _oldest_run_of(self, object_: MemoryObject, wanted: int) -> tuple[int, int] | None:
+        """(first, count) of pages to drop; those of the oldest generation that can't go become young again."""
+        pages, unit_pages = object_.pages, object_.pages_in(LARGE_FRAME_BYTES)
+        page = pages.find_generation(self._oldest)
         while page >= 0:
-            if self._can_drop(object_, page):
-                return page
+            unit = page // unit_pages * unit_pages
+            end = page + 1
+            if _may_be_one_frame(object_, unit, unit_pages):
+                if _can_drop(object_, unit, unit_pages):
+                    return unit, unit_pages
+                end = unit + unit_pages
+            elif _can_drop(object_, page):
+                return page, self._run_length(object_, page, min(wanted, unit + unit_pages - page))
             if self._oldest != self._generation:
-                pages.generation[page] = self._generation
-            page = pages.generation.find(self._oldest, page + 1)
+                for young in range(page, end):
+                    if pages.generation[young] == self._oldest:
+                        pages.generation[young] = self._generation
+            page = pages.find_generation(self._oldest, end)
         return None
 
     def _run_length(self, object_: MemoryObject, first: int, limit: int) -> int:
         count = 1
         generation = object_.pages.generation
         end = min(first + limit, object_.pages.count)
-        while first + count < end and generation[first + count] == self._oldest and self._can_drop(object_, first + count):
+        while first + count < end and generation[first + count] == self._oldest and _can_drop(object_, first + count):
             count += 1
         return count
 
-    @staticmethod
-    def _can_drop(object_: MemoryObject, page: int) -> bool:
-        flags = object_.pages.flags[page]
-        return flags & (PRESENT | DIRTY | WRITEBACK | POISONED) == PRESENT and object_.locks.free(page)
+
+def _can_drop(object_: MemoryObject, first: int, count: int = 1) -> bool:
+    """True if all the pages are clean and well, and nobody has locked one."""
+    return object_.pages.flags[first : first + count].count(PRESENT) == count and object_.locks.free(first, count)
+
+
+def _may_be_one_frame(object_: MemoryObject, first: int, count: int) -> bool:
+    """True if the kernel has all the pages; one that is not here yet may have come already."""
+    if first + count > object_.pages.count:
+        return False
+    absent = object_.pages.flags[first : first + count].translate(_ABSENT)
+    page = absent.find(1)
+    while page >= 0:
+        if not object_.store.present(first + page):
+            return False
+        page = absent.find(1, page + 1)
+    return True

@@ -5,10 +5,12 @@ Everything here works on pages that the caller has locked, or locks them itself 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hwpoison.core.books import Books
-from hwpoison.core.machine import Content, Frame, NotIsolatedError
+from hwpoison.core.machine import LARGE_FRAME_BYTES, Content, Frame, NotIsolatedError
 from hwpoison.core.objects import Backing, Loss, MemoryObject
-from hwpoison.core.pages import DIRTY, LOST, POISONED, PRESENT
+from hwpoison.core.pages import DIRTY, LOST, POISONED, PRESENT, WRITEBACK
 from hwpoison.core.policy import tell_owners
 from hwpoison.core.records import Outcome, State
 from hwpoison.core.writeback import write_back_some
@@ -16,8 +18,6 @@ from hwpoison.errors import PoisonError
 
 PUBLISH_AT_ONCE_BYTES = 64 << 10
 """Up to so much is published on the event loop; more would hold up other clients' faults."""
-LARGE_FOLIO_BYTES = 2 << 20
-"""The unit that the kernel may have put a page into."""
 
 
 class UnreadableError(Exception):
@@ -40,14 +40,14 @@ async def make_room(books: Books, count: int) -> None:
     """Make room for `count` pages, writing dirty pages back if need be. Gives up, over the limit, where nothing helps."""
     reclaim = books.reclaim
     written_back = False
-    while not reclaim.room(count):
+    while not room(books, count):
         assert reclaim.limit is not None
         victim = reclaim.oldest_run(reclaim.over(count))
         if victim is not None:
             object_, first, length = victim
             # Nobody holds the lock (else it were no victim), so this does not wait.
             async with object_.locks.hold(first, length):
-                reclaim.drop(object_, first, length)
+                drop(books, object_, first, length)
                 await object_.watch(first, length)
         elif not written_back:
             written_back = True
@@ -56,6 +56,26 @@ async def make_room(books: Books, count: int) -> None:
                     await write_back_some(books, object_, count + reclaim.limit // 8)
         else:
             return
+
+
+def room(books: Books, count: int) -> bool:
+    """Make room for `count` pages without waiting, if that is possible; whether there is room."""
+    while (over := books.reclaim.over(count)) > 0:
+        victim = books.reclaim.oldest_run(over)
+        if victim is None or victim[0].tracks_dirt:
+            return False
+        drop(books, *victim)
+    return True
+
+
+def drop(books: Books, object_: MemoryObject, first: int, count: int) -> None:
+    """Drop clean, unlocked pages of one unit (`core.reclaim`)."""
+    try:
+        books.reclaim.drop(object_, first, count)
+    except NotIsolatedError as error:
+        loss = Loss(books.new_event_id(), State.CLEAN_FILE, Outcome.FAILED, str(error.strerror))
+        lose_block(books, object_, first, loss)
+        books.record("error", object_, first, event_id=loss.event_id, detail=loss.reason)
 
 
 async def _publish(books: Books, object_: MemoryObject, first: int, count: int, content: Content, flags: int = 0) -> None:
@@ -87,20 +107,21 @@ async def _read_version(object_: MemoryObject, first: int, count: int) -> Conten
                 content = await _read_unchanged(backing, offset, nbytes)
         if content is not None:
             return _whole_pages(content, count * object_.page_size)
-        shrank = backing.file.identity().nbytes < offset + nbytes
+        how = backing.how_changed(await backing.file.identity(), offset + nbytes)
     except OSError as error:
         raise UnreadableError(f"reading the file failed: {error.strerror}") from error
-    raise UnreadableError("the file shrank" if shrank else "the file was changed by somebody else")
+    raise UnreadableError(how)
 
 
 async def _read_unchanged(backing: Backing, offset: int, nbytes: int) -> Content | None:
     """What the file holds, None if that may be of another version."""
 
-    def unchanged() -> bool:
-        return not backing.writing and backing.identity is not None and backing.file.identity() == backing.identity
+    async def unchanged() -> bool:
+        now = await backing.file.identity()
+        return not backing.writing and now == backing.identity
 
-    content = await backing.file.read(offset, nbytes) if unchanged() else b""
-    return content if len(content) == nbytes and unchanged() else None
+    content = await backing.file.read(offset, nbytes) if await unchanged() else b""
+    return content if len(content) == nbytes and await unchanged() else None
 
 
 def _whole_pages(content: Content, nbytes: int) -> Content:
@@ -134,19 +155,23 @@ def isolate(object_: MemoryObject, page: int, number: int | None = None) -> Fram
 
 def lose_block(books: Books, object_: MemoryObject, page: int, loss: Loss) -> tuple[int, ...]:
     """The large frame that holds `page` can't be split: all its present pages are dropped and lost."""
-    block = LARGE_FOLIO_BYTES // object_.page_size
+    block = object_.pages_in(LARGE_FRAME_BYTES)
     first = page // block * block
     count = min(block, object_.pages.count - first)
-    present = list(object_.pages.runs(PRESENT, first, count))
-    if any(object_.pages.runs(DIRTY, first, count)):
-        object_.error_sequence += 1
+    # Before all else: until this is done, what is left of the frame reads as zeros.
     object_.store.drop(first, count)
+    present = list(object_.pages.runs(PRESENT, first, count))
+    changed = {page for page in range(first, first + count) if object_.pages.flags[page] & (DIRTY | WRITEBACK)}
+    if changed:
+        object_.error_sequence += 1
     victims: set[int] = set()
     for start, length in present:
         object_.pages.left(start, length)
         books.reclaim.left(length)
         for one in range(start, start + length):
-            victims.update(lose(books, object_, one, loss))
+            # What the file does not have is lost as that, whatever the page was that brought all this about.
+            one_loss = replace(loss, state=State.DIRTY_FILE) if one in changed else loss
+            victims.update(lose(books, object_, one, one_loss))
     return tuple(sorted(victims))
 
 

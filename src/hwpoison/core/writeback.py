@@ -8,9 +8,10 @@ clean before the write has ended, so a failure that strikes it waits for that (`
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from hwpoison.core.books import WINDOW_BYTES, Books
+from hwpoison.core.machine import LARGE_FRAME_BYTES
 from hwpoison.core.mappings import Mapping
 from hwpoison.core.objects import MemoryObject
 from hwpoison.core.pages import DIRTY, POISONED, PRESENT, WRITEBACK
@@ -63,9 +64,12 @@ async def write_back_all(books: Books, object_: MemoryObject) -> OSError | None:
 async def write_back_some(books: Books, object_: MemoryObject, wanted: int) -> None:
     """Write about `wanted` dirty pages back so that they can be dropped; not to the disk yet, and waiting for no lock.
 
-    It is called by somebody who holds page locks.
+    It is called by somebody who holds page locks. What may be dropped only together (`core.reclaim`) is written together.
     """
+    last = 0
     for first, count in _pieces(object_, DIRTY):
+        if wanted <= 0 and first > last:
+            return
         busy = any(object_.pages.flags[page] & WRITEBACK for page in range(first, first + count))
         if busy or object_.closed or not object_.locks.free(first, count):
             continue
@@ -74,18 +78,20 @@ async def write_back_some(books: Books, object_: MemoryObject, wanted: int) -> N
             _note(books, object_, error)
             return
         wanted -= count
-        if wanted <= 0:
-            return
+        unit_pages = object_.pages_in(LARGE_FRAME_BYTES)
+        last = (first + count - 1) // unit_pages * unit_pages + unit_pages - 1
 
 
 def _pieces(object_: MemoryObject, flag: int) -> list[tuple[int, int]]:
-    """The runs of pages that have the flag, in pieces."""
-    piece = object_.pages_in(WINDOW_BYTES)
-    return [
-        (start, min(piece, first + count - start))
-        for first, count in object_.pages.runs(flag)
-        for start in range(first, first + count, piece)
-    ]
+    """The runs of pages that have the flag, in pieces, none of which reaches into two windows."""
+    window, pieces = object_.pages_in(WINDOW_BYTES), []
+    for first, count in object_.pages.runs(flag):
+        start, end = first, first + count
+        while start < end:
+            length = min(window - start % window, end - start)
+            pieces.append((start, length))
+            start += length
+    return pieces
 
 
 def _note(books: Books, object_: MemoryObject, error: OSError) -> None:
@@ -104,15 +110,14 @@ async def _write_back_piece(
             # Two flushes of one object: the second waits for the first one's write, or it would overtake it.
             await object_.written_back(page)
         await object_.watch(first, count)
-        runs = list(_well(object_, first, count))
-        copies = [object_.store.content(start, length) for start, length in runs]
+        copies, failed = _copied(object_, _well(object_, first, count))
+        runs = [(start, length) for start, length, _ in copies]
         for start, length in runs:
             for page in range(start, start + length):
                 object_.pages.clear(DIRTY, page)
                 object_.pages.set(WRITEBACK, page)
-    failed: OSError | None = None
     try:
-        for (start, length), copy in zip(runs, copies, strict=True):
+        for start, length, copy in copies:
             error = await _write(books, object_, start, length, copy)
             if error is not None:
                 failed = failed or error
@@ -123,6 +128,21 @@ async def _write_back_piece(
                 object_.pages.clear(WRITEBACK, page)
         object_.io_ended()
     return failed, runs
+
+
+def _copied(object_: MemoryObject, runs: Iterable[tuple[int, int]]) -> tuple[list[tuple[int, int, bytes]], OSError | None]:
+    """(first, count, content) of the runs, without pages that can't be read: those stay dirty. And the first error."""
+    copies: list[tuple[int, int, bytes]] = []
+    failed: OSError | None = None
+    for start, length in runs:
+        try:
+            copies.append((start, length, object_.store.content(start, length)))
+        except OSError as error:
+            # A frame that is bad, and of which no report has come yet. It must not keep its neighbours from the file.
+            failed = failed or error
+            if length > 1:
+                copies += _copied(object_, [(page, 1) for page in range(start, start + length)])[0]
+    return copies, failed
 
 
 def _well(object_: MemoryObject, first: int, count: int) -> Iterator[tuple[int, int]]:
@@ -145,18 +165,19 @@ async def _write(books: Books, object_: MemoryObject, first: int, count: int, co
         backing.writing = True
         try:
             content = copy[: object_.nbytes_of(first, count)]
-            before, after = await backing.file.write(backing.offset + first * object_.page_size, content)
+            written = await backing.file.write(backing.offset + first * object_.page_size, content)
         except OSError as error:
-            # Some of it may be written, so the file's times may be of our making.
             if backing.identity is not None:
-                backing.identity = backing.file.identity()
+                backing.identity, backing.changed = None, f"the file's version could not be asked for: {error.strerror}"
+                books.record("error", object_, detail=backing.changed)
             return error
         else:
-            if backing.identity is not None and before != backing.identity:
-                books.record("error", object_, detail="the file was changed by somebody else")
-            backing.identity = after if before == backing.identity else None
-            books.statistics.pages_written += count
-            return None
+            # A write that failed may have written some of it, so the file's times may be of our making all the same.
+            if changed := backing.follow(written):
+                books.record("error", object_, detail=changed)
+            if written.error is None:
+                books.statistics.pages_written += count
+            return written.error
         finally:
             backing.writing = False
             object_.io_ended()

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from hwpoison.core.recovery import LARGE_FOLIO_BYTES
+from hwpoison.core.machine import LARGE_FRAME_BYTES
 from hwpoison.linux import syscalls, userfaultfd
 from hwpoison.linux.frames import HARD_OFFLINE, PageMap
 from hwpoison.linux.machine import LinuxMachine
@@ -36,6 +36,7 @@ from hwpoison.linux.surroundings import surroundings
 from hwpoison.linux.syscalls import PAGE_SIZE
 from hwpoison.linux.userfaultfd import Feature
 
+NOT_ASKED = "could not be asked: there is no userfaultfd"
 EARLY_KILL = "/proc/sys/vm/memory_failure_early_kill"
 SHMEM_ENABLED = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
 
@@ -108,7 +109,7 @@ def _object() -> Iterator[LinuxStore]:
     """The memory of an object in which a huge page would have room."""
     machine = LinuxMachine()
     try:
-        store = machine.create("doctor", 2 * LARGE_FOLIO_BYTES)
+        store = machine.create("doctor", 2 * LARGE_FRAME_BYTES)
         try:
             yield store
         finally:
@@ -127,8 +128,8 @@ def _userfaultfd(ways: dict[str, Tried]) -> Iterator[Capability]:
         name="userfaultfd",
         state=state,
         found=words[best] if best else ways["user"].found,
-        gives="the manager is asked for each page that a process touches and has not",
-        how="a kernel with CONFIG_USERFAULTFD, and one of the three ways below",
+        gives="the manager is asked when a process touches a page that is not there",
+        how="a kernel with CONFIG_USERFAULTFD, and one of the three ways below; in a container or under SELinux see the end",
         needed=True,
     )
     yield Capability(
@@ -136,7 +137,7 @@ def _userfaultfd(ways: dict[str, Tried]) -> Iterator[Capability]:
         name=userfaultfd.DEVICE,
         state=ways["device"].state,
         found=ways["device"].found,
-        gives="full fault handling, inside system calls too, for every user who may open it",
+        gives="every user who may open it has full fault handling: read(2) and other calls work on pages that are not there",
         how=f"as root: chmod o+rw {userfaultfd.DEVICE}, or chgrp it; into a container: --device {userfaultfd.DEVICE}",
     )
     yield Capability(
@@ -144,7 +145,7 @@ def _userfaultfd(ways: dict[str, Tried]) -> Iterator[Capability]:
         name="userfaultfd(2)",
         state=ways["call"].state,
         found=ways["call"].found,
-        gives="full fault handling, inside system calls too",
+        gives="full fault handling without the device",
         how="root, CAP_SYS_PTRACE, or as root: sysctl vm.unprivileged_userfaultfd=1",
     )
     yield Capability(
@@ -152,7 +153,7 @@ def _userfaultfd(ways: dict[str, Tried]) -> Iterator[Capability]:
         name="userfaultfd(2) in user mode",
         state=ways["user"].state,
         found=ways["user"].found,
-        gives="fault handling for anybody; a system call that meets an absent page gets EFAULT",
+        gives="fault handling for anybody, but a system call that meets a page that is not there gets EFAULT",
         how="it needs no privilege; a seccomp filter or SELinux must allow userfaultfd(2)",
     )
 
@@ -162,19 +163,33 @@ def _features() -> Iterator[Capability]:
         features: Feature | None = userfaultfd.features_of_kernel()
     except OSError:
         features = None
-    for feature, name, gives in (
-        (Feature.MISSING_SHMEM, "missing pages of shared memory", "objects can be shared by processes"),
-        (Feature.THREAD_ID, "the thread of a fault", "it is known who touched a lost page"),
-        (Feature.WRITE_PROTECT_SHMEM, "writes to shared memory", "it is known which pages of a writable file are dirty"),
-        (Feature.POISON, "poison markers", "access to a lost page is SIGBUS from the kernel; without: from the manager"),
+    for feature, since, name, gives in (
+        (Feature.MISSING_SHMEM, "4.11", "missing pages of shared memory", "several processes can share an object"),
+        (Feature.THREAD_ID, "4.14", "the thread of a fault", "the manager knows which thread touched a lost page"),
+        (
+            Feature.WRITE_PROTECT_SHMEM,
+            "5.19",
+            "writes to shared memory",
+            "the manager knows which pages of a writable file are dirty",
+        ),
+        (
+            Feature.POISON,
+            "6.6",
+            "poison markers",
+            "the kernel sends SIGBUS for an access to a lost page; without, the manager does",
+        ),
     ):
         yield Capability(
             group="userfaultfd",
             name=name,
             state=Answer.UNKNOWN if features is None else Answer.YES if feature in features else Answer.NO,
-            found="could not be asked: there is no userfaultfd" if features is None else f"{int(features):#x}",
+            found=NOT_ASKED
+            if features is None
+            else "this kernel has it"
+            if feature in features
+            else "this kernel has it not",
             gives=gives,
-            how="a newer kernel",
+            how=f"Linux {since} or newer",
             needed=feature in userfaultfd.NEEDED,
         )
 
@@ -205,11 +220,11 @@ def _privilege() -> Iterator[Capability]:
         name="root",
         state=Answer.YES if user == 0 else Answer.NO,
         found=f"user {user}",
-        gives="what asks for root below; none of it is needed",
+        gives="what asks for root below; hwpoison works without it",
         how="sudo",
     )
     for number, name, gives in (
-        (CAP_SYS_PTRACE, "CAP_SYS_PTRACE", "userfaultfd(2) with full fault handling"),
+        (CAP_SYS_PTRACE, "CAP_SYS_PTRACE", "full fault handling by userfaultfd(2)"),
         (CAP_SYS_ADMIN, "CAP_SYS_ADMIN", "frame numbers, the kernel's hard offline, no limit to the quarantine"),
     ):
         state, found = has_privilege(number)
@@ -230,7 +245,7 @@ def _frames() -> Iterator[Capability]:
         name="frame numbers",
         state=attempt.state,
         found=attempt.found,
-        gives="reports by physical address, and frames in quarantine known by number",
+        gives="hardware names bad memory by physical address: with frame numbers such a report finds the page",
         how="root, outside of containers",
     )
     attempt = tried(_frame_flags)
@@ -239,7 +254,7 @@ def _frames() -> Iterator[Capability]:
         name="/proc/kpageflags",
         state=attempt.state,
         found=attempt.found,
-        gives="a look at what the kernel says of a frame",
+        gives="an operator can look up what the kernel knows of a frame; hwpoison itself needs it only in its tests",
         how="root, outside of containers, and a kernel with CONFIG_PROC_PAGE_MONITOR",
     )
 
@@ -268,8 +283,8 @@ def _kernel_poison() -> Iterator[Capability]:
         group="kernel poison",
         name="the kernel's memory failure",
         state=state,
-        found=f"early kill is {'on' if found == '1' else 'off'}" if state is Answer.YES else found,
-        gives="the kernel takes part: it tells processes of pages that the hardware says are bad",
+        found={Answer.YES: "this kernel has it", Answer.NO: "this kernel is built without it"}.get(state, found),
+        gives="the kernel itself takes bad pages out of use, and tells processes of what the hardware reports",
         how="a kernel with CONFIG_MEMORY_FAILURE; virtual machines often have none",
     )
     # Opening it changes nothing; only a frame's address that is written to it would.
@@ -278,8 +293,8 @@ def _kernel_poison() -> Iterator[Capability]:
         group="kernel poison",
         name="hard offline",
         state=attempt.state,
-        found=attempt.found,
-        gives="bad frames that are not ours are handed to the kernel: serve --offline-foreign",
+        found="this kernel is built without it" if attempt.error == errno.ENOENT else attempt.found,
+        gives="`serve --offline-foreign` can hand bad memory that is not managed here to the kernel",
         how="root, outside of containers, and a kernel with CONFIG_MEMORY_FAILURE",
     )
 
@@ -291,11 +306,11 @@ def _huge_pages() -> Iterator[Capability]:
     try:
         _publish_one()
     except OSError:
-        state, found = Answer.UNKNOWN, "could not be asked: there is no userfaultfd"
+        state, found = Answer.UNKNOWN, NOT_ASKED
     except AssertionError as error:
-        state, found = Answer.NO, f"{error}: {setting(SHMEM_ENABLED)[1]}"
+        state, found = Answer.NO, str(error)
     else:
-        state, found = Answer.YES, f"where shared memory may have huge pages: {setting(SHMEM_ENABLED)[1]}"
+        state, found = Answer.YES, f"objects are made of pages of {PAGE_SIZE} bytes"
     yield Capability(
         group="huge pages",
         name="single pages in shared memory",
@@ -303,17 +318,6 @@ def _huge_pages() -> Iterator[Capability]:
         found=found,
         gives="a failure costs one page; of a huge page it would cost the whole",
         how=f"as root: echo never > {SHMEM_ENABLED}",
-    )
-    state, found = setting("/proc/sys/vm/nr_hugepages")
-    if state is Answer.YES:
-        state, found = (Answer.NO if found == "0" else Answer.YES), f"{found} reserved"
-    yield Capability(
-        group="huge pages",
-        name="hugetlb",
-        state=state,
-        found=found,
-        gives="nothing yet: objects are made of single pages",
-        how="as root: sysctl vm.nr_hugepages=N",
     )
 
 
@@ -329,13 +333,13 @@ def _resources() -> Iterator[Capability]:
     attempt = tried(_large_pipe)
     soft = setting("/proc/sys/fs/pipe-user-pages-soft")[1]
     unlimited = Answer.YES in (has_privilege(CAP_SYS_ADMIN)[0], has_privilege(CAP_SYS_RESOURCE)[0]) or soft == "0"
-    room = "no limit but memory" if unlimited else f"{soft} pages for all pipes of this user"
+    room = "no limit but memory" if unlimited else f"{soft} frames for all managers of this user"
     yield Capability(
         group="resources",
         name="room in quarantine",
         state=attempt.state,
         found=attempt.found if attempt.error else room,
-        gives="bad frames are held in pipes; what finds no room goes back to the system",
+        gives="bad frames are held, so that nobody gets them again; what finds no room goes back to the system",
         how="root, or as root: sysctl fs.pipe-user-pages-soft=N",
     )
     attempt = _direct_reads()
@@ -344,7 +348,7 @@ def _resources() -> Iterator[Capability]:
         name="O_DIRECT",
         state=attempt.state,
         found=attempt.found,
-        gives="content of files is not kept twice; without: it is dropped from the page cache afterwards",
+        gives="files are read past the kernel's page cache; without, what is read is dropped from it afterwards",
         how="files on a disk's file system, such as ext4, xfs or btrfs",
     )
     known = platform.machine() in syscalls.ARCHITECTURES
@@ -353,7 +357,7 @@ def _resources() -> Iterator[Capability]:
         name="architecture",
         state=Answer.YES if known else Answer.NO,
         found=f"{platform.machine()}, pages of {PAGE_SIZE} bytes, Linux {platform.release()}",
-        gives="the numbers of system calls are known",
+        gives="hwpoison knows this processor's system calls",
         how=f"one of {', '.join(syscalls.ARCHITECTURES)}; others are a line in linux/syscalls.py",
     )
 

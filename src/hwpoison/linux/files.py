@@ -2,6 +2,9 @@
 
 What the kernel's page cache has is copied from there. What it has not is read past it (O_DIRECT), or, where the file
 system can't do that, through it, and dropped from it again.
+
+A file system whose server is elsewhere (a network, FUSE) may not answer, not even when it is asked for a file's size. Such
+a file is asked in a worker, whatever it is asked for, and takes so many of them and no more.
 """
 
 from __future__ import annotations
@@ -18,14 +21,36 @@ from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
-from hwpoison.core.machine import Content, Identity
+from hwpoison.core.books import WINDOW_BYTES
+from hwpoison.core.machine import Content, Identity, Written
 from hwpoison.linux import syscalls
+from hwpoison.linux.buffers import Buffers
 from hwpoison.linux.syscalls import PAGE_SIZE
 
 WORKERS_OF_FILE = 8
 """Workers that one file can make wait: one whose file system hangs must not take all."""
+WORKERS_OF_MOUNT = 24
+"""Workers that all files of one file system that has a server can make wait."""
 AT_ONCE_BYTES = 1 << 16
 """Most bytes that `read_cached` copies on the event loop."""
+
+
+LOCAL_FILE_SYSTEMS = frozenset(
+    {
+        0xEF53,  # ext2, ext3, ext4
+        0x58465342,  # XFS
+        0x9123683E,  # Btrfs
+        0xF2F52010,  # F2FS
+        0xCA451A4E,  # bcachefs
+        0x2FC12FC1,  # ZFS
+        0x01021994,  # tmpfs
+        0x858458F6,  # ramfs
+        0x794C7630,  # overlay: of local ones, in containers
+        0x73717368,  # SquashFS
+        0xE0F5E1E2,  # EROFS
+    }
+)
+"""Those that know a file's size and times, and what the page cache has of it, without asking anybody (linux/magic.h)."""
 
 
 def checked_file(fd: int, name: str) -> None:
@@ -38,15 +63,20 @@ def checked_file(fd: int, name: str) -> None:
 
 
 Result = TypeVar("Result")
+_buffers = Buffers(WINDOW_BYTES)
 
 
 class LinuxFile:
-    """See `hwpoison.core.machine.File`. Owns `fd`."""
+    """See `hwpoison.core.machine.File`. Owns `fd`. To make one may wait for the file system."""
 
-    def __init__(self, fd: int, workers: Executor) -> None:
+    def __init__(self, fd: int, workers: Executor, turns_of_mount: asyncio.Semaphore | None = None) -> None:
         self._fd = fd
         self._workers = workers
         self._turns = asyncio.Semaphore(WORKERS_OF_FILE)
+        self._turns_of_mount = turns_of_mount or asyncio.Semaphore(WORKERS_OF_MOUNT)
+        self._local = False
+        with suppress(OSError):
+            self._local = syscalls.file_system_type(fd) in LOCAL_FILE_SYSTEMS
         self._scratch = mmap.mmap(-1, AT_ONCE_BYTES)
         self._mapped = (0, 0)
         self._mapping_lock = threading.Lock()
@@ -58,12 +88,20 @@ class LinuxFile:
         with suppress(OSError):
             self._direct = os.open(by_descriptor, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
 
-    def identity(self) -> Identity:
+    def identity_now(self) -> Identity:
+        """As `identity`, and may wait for the file system."""
         found = os.fstat(self._fd)
         return Identity(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
-    def read_cached(self, offset: int, nbytes: int) -> Content | None:
-        if nbytes > AT_ONCE_BYTES or not self._resident(offset, nbytes):
+    async def identity(self) -> Identity:
+        return self.identity_now() if self._local else await self._in_worker(self.identity_now)
+
+    def read_cached(self, offset: int, nbytes: int) -> tuple[Content, Identity] | None:
+        content = self._cached(offset, nbytes)
+        return None if content is None else (content, self.identity_now())
+
+    def _cached(self, offset: int, nbytes: int) -> Content | None:
+        if not self._local or nbytes > AT_ONCE_BYTES or not self._resident(offset, nbytes):
             return None
         view = memoryview(self._scratch)[:nbytes]
         try:
@@ -74,7 +112,7 @@ class LinuxFile:
         return view[:got]
 
     async def read(self, offset: int, nbytes: int) -> Content:
-        cached = self.read_cached(offset, nbytes)
+        cached = self._cached(offset, nbytes)
         if cached is not None and len(cached) == nbytes:
             return bytes(cached)
         return await self._in_worker(partial(self._read, offset, nbytes))
@@ -84,21 +122,11 @@ class LinuxFile:
             return _read_all(self._fd, offset, nbytes)
         if self._direct >= 0 and not offset % PAGE_SIZE:
             with suppress(OSError):
-                return self._read_direct(offset, nbytes)
+                return _read_all(self._direct, offset, nbytes, granule=PAGE_SIZE)
         content = _read_all(self._fd, offset, nbytes)
         with suppress(OSError):
             os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
         return content
-
-    def _read_direct(self, offset: int, nbytes: int) -> Content:
-        buffer = memoryview(mmap.mmap(-1, -(-nbytes // PAGE_SIZE) * PAGE_SIZE))
-        got = 0
-        while got < nbytes:
-            count = os.preadv(self._direct, [buffer[got:]], offset + got)
-            got += count
-            if not count or count % PAGE_SIZE:
-                break
-        return buffer[: min(got, nbytes)]
 
     def _resident(self, offset: int, nbytes: int) -> bool:
         """True if the page cache has all of it. The file's mapping is only asked, never read."""
@@ -126,20 +154,28 @@ class LinuxFile:
             return False
 
     async def _in_worker(self, call: Callable[[], Result]) -> Result:
+        run = partial(asyncio.get_running_loop().run_in_executor, self._workers, call)
         async with self._turns:
-            return await asyncio.get_running_loop().run_in_executor(self._workers, call)
+            if self._local:
+                return await run()
+            async with self._turns_of_mount:
+                return await run()
 
-    async def write(self, offset: int, content: Content) -> tuple[Identity, Identity]:
+    async def write(self, offset: int, content: Content) -> Written:
         return await self._in_worker(partial(self._write, offset, content))
 
-    def _write(self, offset: int, content: Content) -> tuple[Identity, Identity]:
-        before = self.identity()
+    def _write(self, offset: int, content: Content) -> Written:
+        before = self.identity_now()
+        error = None
         view = memoryview(content)
-        while view:
-            done = os.pwrite(self._fd, view, offset)
-            offset += done
-            view = view[done:]
-        return before, self.identity()
+        try:
+            while view:
+                done = os.pwrite(self._fd, view, offset)
+                offset += done
+                view = view[done:]
+        except OSError as caught:
+            error = caught
+        return Written(before, self.identity_now(), error)
 
     async def sync(self) -> None:
         await self._in_worker(self._sync)
@@ -149,25 +185,55 @@ class LinuxFile:
         with suppress(OSError):
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def close(self) -> None:
-        if self._mapped[1]:
-            syscalls.unmap_memory(*self._mapped)
-        for fd in (self._fd, self._direct):
-            if fd >= 0:
-                # Some file systems say only here what they have said to fsync; the descriptor is closed all the same.
-                with suppress(OSError):
-                    os.close(fd)
+    async def close(self) -> None:
+        mapped, fds = self._mapped, (self._fd, self._direct)
         # Whoever still comes must not meet another file under the same number.
         self._fd = self._direct = -1
+        self._mapped = (0, 0)
+        if self._local:
+            _close(mapped, fds)
+        else:
+            await self._in_worker(partial(_close, mapped, fds))
 
 
-def _read_all(fd: int, offset: int, nbytes: int) -> Content:
-    content = os.pread(fd, nbytes, offset)
-    if len(content) == nbytes:
-        return content
-    parts = [content]
-    got = len(content)
-    while got < nbytes and (more := os.pread(fd, nbytes - got, offset + got)):
-        parts.append(more)
-        got += len(more)
-    return b"".join(parts)
+async def open_file(fd: int, name: str, workers: Executor, turns_of_mount: asyncio.Semaphore) -> LinuxFile:
+    """The file, without holding up anybody else. Raises as `checked_file`; the descriptor is closed then."""
+    async with turns_of_mount:
+        return await asyncio.get_running_loop().run_in_executor(workers, _open_file, fd, name, workers, turns_of_mount)
+
+
+def _open_file(fd: int, name: str, workers: Executor, turns_of_mount: asyncio.Semaphore) -> LinuxFile:
+    try:
+        checked_file(fd, name)
+        return LinuxFile(fd, workers, turns_of_mount)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def mount_of(fd: int) -> int:
+    """The number of the mount that a file was opened in. The file system is not asked."""
+    with open(f"/proc/self/fdinfo/{fd}") as lines:
+        return next((int(line.split()[1]) for line in lines if line.startswith("mnt_id:")), -1)
+
+
+def _close(mapped: tuple[int, int], fds: tuple[int, ...]) -> None:
+    if mapped[1]:
+        syscalls.unmap_memory(*mapped)
+    for fd in fds:
+        if fd >= 0:
+            # Some file systems say only here what they have said to fsync; the descriptor is closed all the same.
+            with suppress(OSError):
+                os.close(fd)
+
+
+def _read_all(fd: int, offset: int, nbytes: int, granule: int = 1) -> Content:
+    """The bytes, fewer only at the end of the file. A read of a part of a `granule` has come to the end."""
+    buffer = _buffers.take(-(-nbytes // PAGE_SIZE) * PAGE_SIZE)
+    got = 0
+    while got < nbytes:
+        count = os.preadv(fd, [buffer[got:]], offset + got)
+        got += count
+        if not count or count % granule:
+            break
+    return buffer[: min(got, nbytes)]

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterator
 
 from hwpoison.linux.syscalls import PAGE_SIZE
 
 _PRESENT = 1 << 63
 _NUMBER = (1 << 55) - 1
+_NUMBER_BYTES = 6
+"""Whole bytes of an entry that are nothing but PFN."""
+_ENTRY_BYTES = 8
+_IS_PRESENT = bytes(value >> 7 for value in range(256))
+"""For the last byte of an entry."""
+SEARCHED_PAGES = 1 << 16
+"""Entries that are read at a time."""
 HARD_OFFLINE = "/sys/devices/system/memory/hard_offline_page"
 
 
@@ -20,8 +28,36 @@ class PageMap:
 
     def numbers(self, address: int, count: int) -> list[int]:
         """The PFN of each page from `address` on; 0 where none is mapped, or where they are not to be known."""
-        data = os.pread(self._fd, count * 8, address // PAGE_SIZE * 8)
+        data = self._entries(address, count)
         return [entry & _NUMBER if entry & _PRESENT else 0 for (entry,) in struct.iter_unpack("Q", data)]
+
+    def find(self, number: int, address: int, count: int) -> int | None:
+        """Which of the pages from `address` on has this PFN: looked for in the raw bytes, as there may be millions."""
+        if number >> 8 * _NUMBER_BYTES:
+            return None
+        data = self._entries(address, count)
+        wanted = number.to_bytes(8, "little")[:_NUMBER_BYTES]
+        at = data.find(wanted)
+        while at >= 0:
+            if not at % _ENTRY_BYTES:
+                (entry,) = struct.unpack_from("Q", data, at)
+                if entry & _PRESENT and entry & _NUMBER == number:
+                    return at // _ENTRY_BYTES
+            at = data.find(wanted, at + 1)
+        return None
+
+    def unmapped(self, address: int, count: int) -> Iterator[tuple[int, int]]:
+        """(first, count) of each run of pages, counted from `address`, that are not in the page table."""
+        mapped = self._entries(address, count)[_ENTRY_BYTES - 1 :: _ENTRY_BYTES].translate(_IS_PRESENT)
+        begin = mapped.find(0)
+        while begin >= 0:
+            end = mapped.find(1, begin)
+            end = end if end >= 0 else len(mapped)
+            yield begin, end - begin
+            begin = mapped.find(0, end)
+
+    def _entries(self, address: int, count: int) -> bytes:
+        return os.pread(self._fd, count * _ENTRY_BYTES, address // PAGE_SIZE * _ENTRY_BYTES)
 
     def close(self) -> None:
         os.close(self._fd)
@@ -42,8 +78,9 @@ def mapped_by(pid: int | str, number: int) -> bool:
                 begin = int(start, 16)
                 if end >= 1 << 63 or f"/memfd:{OBJECT_NAME}" in line:
                     continue
-                for address in range(begin, end, 1 << 26):
-                    if number in pagemap.numbers(address, min(end - address, 1 << 26) // PAGE_SIZE):
+                for address in range(begin, end, SEARCHED_PAGES * PAGE_SIZE):
+                    count = min((end - address) // PAGE_SIZE, SEARCHED_PAGES)
+                    if pagemap.find(number, address, count) is not None:
                         return True
     finally:
         pagemap.close()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import mmap
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import cast
+from contextlib import suppress
+from weakref import WeakValueDictionary
 
-from hwpoison.core.machine import Store
-from hwpoison.linux import frames, userfaultfd
-from hwpoison.linux.files import LinuxFile
+from hwpoison.core.machine import Runs, Store
+from hwpoison.linux import frames, syscalls, userfaultfd
+from hwpoison.linux.files import WORKERS_OF_MOUNT, LinuxFile, mount_of, open_file
 from hwpoison.linux.quarantine import Quarantine
 from hwpoison.linux.space import LinuxSpace
 from hwpoison.linux.store import LinuxStore
@@ -37,6 +39,7 @@ class LinuxMachine:
         self.quarantine = Quarantine(keep)
         self._file_workers = ThreadPoolExecutor(FILE_WORKERS, "hwpoison-file")
         self._client_workers = ThreadPoolExecutor(CLIENT_WORKERS, "hwpoison-client")
+        self._turns_of_mounts: WeakValueDictionary[int, asyncio.Semaphore] = WeakValueDictionary()
         self._pagemap = frames.PageMap() if self._sees_frames() else None
 
     @staticmethod
@@ -54,40 +57,69 @@ class LinuxMachine:
         return self._pagemap is not None
 
     def create(self, name: str, nbytes: int) -> LinuxStore:
-        return LinuxStore(
-            name,
-            nbytes,
-            own=self._own.fd,
-            quarantine=self.quarantine,
-            pagemap=self._pagemap,
-            workers=self._file_workers,
-        )
+        try:
+            return LinuxStore(
+                name,
+                nbytes,
+                own=self._own.fd,
+                quarantine=self.quarantine,
+                pagemap=self._pagemap,
+                workers=self._file_workers,
+            )
+        except MemoryError as error:
+            raise MemoryError(f"{error}; a process has {_addresses()} bytes of addresses for all that it maps") from error
+
+    def table(self, nbytes: int) -> mmap.mmap:
+        # Not reserved: of a large object's table most is never touched.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | syscalls.MAP_NORESERVE
+        try:
+            table = mmap.mmap(-1, nbytes, flags=flags)
+        except (OSError, OverflowError) as error:
+            raise MemoryError(f"the system gives no table of {nbytes} bytes for an object's pages: {error}") from error
+        with suppress(OSError):
+            # One page of the table must not become 2 MiB of it.
+            table.madvise(syscalls.MADV_NOHUGEPAGE)
+        return table
 
     def file(self, fd: int) -> LinuxFile:
-        """A file by descriptor, which it owns from now on."""
+        """A file by descriptor, which it owns from now on. May wait for the file system."""
         return LinuxFile(fd, self._file_workers)
+
+    async def open_file(self, fd: int, name: str) -> LinuxFile:
+        """As `file`, while everything else goes on. Raises IsADirectoryError or ValueError for what is no regular file."""
+        return await open_file(fd, name, self._file_workers, self._turns_of_mount(fd))
+
+    async def let_go(self, fd: int) -> None:
+        """Close a descriptor of whatever kind. A file system may have to be asked even for that."""
+        async with self._turns_of_mount(fd):
+            with suppress(OSError):
+                await asyncio.get_running_loop().run_in_executor(self._file_workers, os.close, fd)
+
+    def _turns_of_mount(self, fd: int) -> asyncio.Semaphore:
+        return self._turns_of_mounts.setdefault(mount_of(fd), asyncio.Semaphore(WORKERS_OF_MOUNT))
 
     def space(self, fd: int, pid: int, pidfd: int) -> LinuxSpace:
         """The address space of process `pid`, by its userfaultfd."""
         return LinuxSpace(fd, pid, pidfd, self._client_workers)
 
-    async def find_frame(self, number: int, stores: Sequence[tuple[Store, Callable[[int], bool]]]) -> tuple[int, int] | None:
-        def search() -> tuple[int, int] | None:
-            for index, (store, is_present) in enumerate(stores):
-                page = cast(LinuxStore, store).find(number, is_present)
-                if page is not None:
-                    return index, page
-            return None
-
-        return await asyncio.get_running_loop().run_in_executor(self._file_workers, search)
+    async def find_frame(self, number: int, stores: Sequence[tuple[Store, Runs]]) -> tuple[int, int] | None:
+        for index, (store, runs) in enumerate(stores):
+            assert isinstance(store, LinuxStore)
+            page = await asyncio.get_running_loop().run_in_executor(self._file_workers, store.find, number, runs)
+            store.searched()
+            if page is not None:
+                return index, page
+        return None
 
     def quarantined(self, number: int) -> bool:
         return number in self.quarantine.numbers
 
-    def reserved(self, *, pid: int | None = None, number: int | None = None) -> bool:
+    async def reserved(self, *, pid: int | None = None, number: int | None = None) -> bool:
         if pid is not None:
             return pid == os.getpid()
-        return number is not None and number > 0 and self.knows_frames and frames.mapped_by("self", number)
+        if not number or not self.knows_frames:
+            return False
+        return await asyncio.get_running_loop().run_in_executor(self._file_workers, frames.mapped_by, "self", number)
 
     async def offline(self, number: int) -> None:
         await asyncio.get_running_loop().run_in_executor(self._file_workers, frames.hard_offline, number)
@@ -98,3 +130,10 @@ class LinuxMachine:
         self._client_workers.shutdown(wait=False, cancel_futures=True)
         self.quarantine.close()
         os.close(self._own.fd)
+
+
+def _addresses() -> int:
+    """How many bytes of addresses a process has here: its stack is near their end."""
+    with open("/proc/self/maps") as maps:
+        ends = [int(line.split()[0].partition("-")[2], 16) for line in maps if "[stack]" in line]
+    return 1 << max(ends).bit_length()

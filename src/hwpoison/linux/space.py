@@ -12,8 +12,9 @@ import mmap
 import os
 import signal
 import struct
+import threading
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from contextlib import suppress
 from functools import partial
 
@@ -29,6 +30,8 @@ WORKERS_OF_CLIENT = 4
 """Workers that one client can make wait for its mmap lock: the others are for other clients."""
 ATTEMPTS = 1000
 """How often an ioctl is tried that the kernel wants to be tried again."""
+NOWHERE = 1 << 20
+"""An address at which programs have nothing."""
 
 _GONE = (errno.ESRCH, errno.ENOENT)
 """The process has ended, or has unmapped the range: nobody is left to be told."""
@@ -39,6 +42,7 @@ class LinuxSpace:
 
     def __init__(self, fd: int, pid: int, pidfd: int, workers: Executor) -> None:
         self.fd = fd
+        self._lent = _Lent(fd)
         self.pid = pid
         self.pidfd = pidfd
         self._workers = workers
@@ -65,7 +69,8 @@ class LinuxSpace:
         loop = asyncio.get_running_loop()
         for fd in (self.fd, self.pidfd):
             loop.remove_reader(fd)
-            os.close(fd)
+        os.close(self.pidfd)
+        self._lent.give_back()
         self.fd = self.pidfd = -1
 
     def wake(self, address: int, nbytes: int) -> None:
@@ -104,16 +109,41 @@ class LinuxSpace:
         async with self._turn:
             if self.fd < 0:
                 return True
-            # The worker has a descriptor of its own: this one may be closed while it waits.
-            fd = os.dup(self.fd)
             try:
-                await asyncio.get_running_loop().run_in_executor(self._workers, _closing, call, fd, address, nbytes)
+                await self._run(call, address, nbytes)
             except FileExistsError:
                 return False
             except OSError as error:
                 if error.errno not in _GONE:
                     raise
             return True
+
+    async def gone(self) -> bool:
+        """True if there is no such address space any more: the process has ended, or executes another program by now.
+
+        Asked by an ioctl that changes nothing that matters: where a page is there to be protected, its next write is noted
+        once more.
+        """
+        async with self._turn:
+            if self.fd < 0:
+                return True
+            try:
+                await self._run(partial(userfaultfd.protect, on=True), NOWHERE, PAGE_SIZE)
+            except OSError as error:
+                return error.errno == errno.ESRCH
+            return False
+
+    async def _run(self, call: Callable[[int, int, int], None], address: int, nbytes: int) -> None:
+        # No descriptor of the worker's own: when none is left, faults must be answered all the same.
+        fd = self._lent.lend()
+        try:
+            running = self._workers.submit(_persistently, call, fd, address, nbytes)
+        except BaseException:
+            self._lent.give_back()
+            raise
+        # Also if nobody waits for it any more, and if it never ran.
+        running.add_done_callback(self._lent.give_back)
+        await asyncio.wrap_future(running)
 
     def telling(self, thread: int) -> Telling:
         bit = 1 << (signal.SIGBUS - 1)
@@ -145,17 +175,37 @@ class LinuxSpace:
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
 
-def _closing(call: Callable[[int, int, int], None], fd: int, address: int, nbytes: int) -> None:
-    try:
-        for attempts_left in reversed(range(ATTEMPTS)):
-            try:
-                return call(fd, address, nbytes)
-            except BlockingIOError:
-                # EAGAIN: the kernel took an empty page table away at this moment; MADV_DONTNEED does that in new ones.
-                if not attempts_left:
-                    raise
-    finally:
-        os.close(fd)
+class _Lent:
+    """A descriptor that workers use too: it is closed when its owner and the last of them have given it back."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._users = 1
+        self._lock = threading.Lock()
+
+    def lend(self) -> int:
+        with self._lock:
+            self._users += 1
+        return self._fd
+
+    def give_back(self, _: Future[None] | None = None) -> None:
+        with self._lock:
+            self._users -= 1
+            last = not self._users
+        if last:
+            os.close(self._fd)
+
+
+def _persistently(call: Callable[[int, int, int], None], fd: int, address: int, nbytes: int) -> None:
+    for attempts_left in reversed(range(ATTEMPTS)):
+        try:
+            call(fd, address, nbytes)
+        except BlockingIOError:
+            # EAGAIN: the kernel took an empty page table away at this moment; MADV_DONTNEED does that in new ones.
+            if not attempts_left:
+                raise
+        else:
+            return
 
 
 class Board:
@@ -199,4 +249,6 @@ class Slot:
 
     def hit(self) -> int:
         self._words[2 * self.index] += 1
+        # A lock that is taken is a memory barrier: whether a guard is open is looked at only after that was stored.
+        threading.Lock().acquire()
         return int(self._words[2 * self.index])

@@ -11,12 +11,12 @@ import asyncio
 import errno
 import mmap
 import os
-from collections.abc import Callable
 from concurrent.futures import Executor
+from contextlib import suppress
 
-from hwpoison.core.machine import Content, NotIsolatedError, StaleFrameError
+from hwpoison.core.machine import Content, NotIsolatedError, Runs, StaleFrameError
 from hwpoison.linux import syscalls, userfaultfd
-from hwpoison.linux.frames import OBJECT_NAME, PageMap
+from hwpoison.linux.frames import OBJECT_NAME, SEARCHED_PAGES, PageMap
 from hwpoison.linux.quarantine import Quarantine
 from hwpoison.linux.syscalls import PAGE_SIZE
 
@@ -110,14 +110,19 @@ class LinuxStore:
 
     def drop(self, first: int, count: int) -> None:
         syscalls.punch_hole(self.fd, first * PAGE_SIZE, count * PAGE_SIZE)
+        if self._first_present(first) < first + count:
+            raise NotIsolatedError(errno.EBUSY, f"pages from {first} on are part of a large frame, which is in use")
 
     def present(self, page: int) -> bool:
-        offset = page * PAGE_SIZE
+        return self._first_present(page) == page
+
+    def _first_present(self, page: int) -> int:
+        """The first page from this one on that is present; where there is none, the number of pages."""
         try:
-            return os.lseek(self.fd, offset, os.SEEK_DATA) == offset
+            return os.lseek(self.fd, page * PAGE_SIZE, os.SEEK_DATA) // PAGE_SIZE
         except OSError as error:
             if error.errno == errno.ENXIO:
-                return False
+                return self._pages
             raise
 
     def number(self, page: int) -> int | None:
@@ -134,16 +139,32 @@ class LinuxStore:
             number = self._pagemap.numbers(address, 1)[0]
         return number or None
 
-    def find(self, number: int, is_present: Callable[[int], bool]) -> int | None:
-        """The page whose frame has this PFN. Slow: it looks at every page; for a worker."""
-        if self._pagemap is None or not number:
+    def find(self, number: int, runs: Runs) -> int | None:
+        """The page whose frame has this PFN; `runs` of pages are present. For a worker: it looks at every page."""
+        pagemap = self._pagemap
+        if pagemap is None or not number:
             return None
-        for first in range(0, self._pages, REGION_PAGES):
-            count = min(REGION_PAGES, self._pages - first)
-            for page, known in enumerate(self._pagemap.numbers(self._address_of(first), count), first):
-                if known == number or (not known and is_present(page) and self.number(page) == number):
-                    return page
+        for first in range(0, self._pages, SEARCHED_PAGES):
+            found = pagemap.find(number, self._address_of(first), min(SEARCHED_PAGES, self._pages - first))
+            if found is not None:
+                return first + found
+        # Present pages may be missing in our page table: it was given back.
+        for begin, length in runs():
+            for first in range(begin, begin + length, SEARCHED_PAGES):
+                address, count = self._address_of(first), min(SEARCHED_PAGES, begin + length - first)
+                unmapped = list(pagemap.unmapped(address, count))
+                for skipped, missing in unmapped:
+                    with suppress(OSError):  # dropped meanwhile, or brought in
+                        userfaultfd.continue_(self._own, address + skipped * PAGE_SIZE, missing * PAGE_SIZE)
+                found = pagemap.find(number, address, count) if unmapped else None
+                if found is not None:
+                    return first + found
         return None
+
+    def searched(self) -> None:
+        """After `find`, on the event loop: give back the page tables that it has made."""
+        if self._address and self._pages > REGIONS_LIMIT * REGION_PAGES and not self._filling:
+            self._map()
 
     # --- bringing in
 
@@ -185,6 +206,7 @@ class LinuxStore:
     def close(self) -> None:
         if self._address:
             syscalls.unmap_memory(self._address, self._nbytes)
+            self._address = 0
         for fd in (self.fd, *self._transit):
             if fd >= 0:
                 os.close(fd)

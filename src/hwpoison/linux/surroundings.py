@@ -29,7 +29,8 @@ def surroundings(ways: Sequence[Tried], calls: Sequence[Tried]) -> Iterator[Capa
         state=state,
         found=found,
         gives="container runtimes forbid userfaultfd(2) by a seccomp filter, and give no devices",
-        how=f"run it with --device {DEVICE}, or --security-opt seccomp=PROFILE that allows userfaultfd",
+        how=f"run it with --device {DEVICE}, or --security-opt seccomp=PROFILE that allows userfaultfd "
+        "(Kubernetes: securityContext.seccompProfile)",
         in_the_way=state is Answer.YES and refused,
     )
     yield Capability(
@@ -38,7 +39,7 @@ def surroundings(ways: Sequence[Tried], calls: Sequence[Tried]) -> Iterator[Capa
         state=filtered,
         found=filter_found,
         gives="a filter may forbid userfaultfd(2), memfd_create(2) or pidfd_open(2)",
-        how="a profile that allows them; systemd: SystemCallFilter=userfaultfd",
+        how="use a profile that allows them; in a systemd unit: SystemCallFilter=userfaultfd",
         in_the_way=filtered is Answer.YES and refused,
     )
     state, found = _selinux()
@@ -47,8 +48,8 @@ def surroundings(ways: Sequence[Tried], calls: Sequence[Tried]) -> Iterator[Capa
         name="SELinux",
         state=state,
         found=found,
-        gives="a policy may forbid this domain to make a userfaultfd (class anon_inode)",
-        how="ausearch -m avc -ts recent | audit2allow names the rule that is missing",
+        gives="a policy may forbid this process to make a userfaultfd",
+        how="as root: `ausearch -m avc -ts recent | audit2allow` names the rule that is missing (class anon_inode)",
         in_the_way=state is Answer.YES and refused,
     )
     state, found = setting("/proc/sys/vm/unprivileged_userfaultfd")
@@ -59,7 +60,7 @@ def surroundings(ways: Sequence[Tried], calls: Sequence[Tried]) -> Iterator[Capa
         name="vm.unprivileged_userfaultfd",
         state=state,
         found=found,
-        gives="at 1, full fault handling for every user",
+        gives="at 1, every user has full fault handling; at 0, root and those who may open the device",
         how="as root: sysctl vm.unprivileged_userfaultfd=1",
         in_the_way=state is Answer.NO and not full and not refused,
     )

@@ -123,11 +123,21 @@ def advise(address: int, nbytes: int, advice: int) -> None:
     _checked(_libc.madvise(address, nbytes, advice))
 
 
+_LOWEST_BIT = bytes(value & 1 for value in range(256))
+
+
+def file_system_type(fd: int) -> int:
+    """The magic number of the file system that a file is in (fstatfs). The file system may be asked."""
+    information = ctypes.create_string_buffer(256)
+    _checked(_libc.fstatfs(fd, information))
+    return ctypes.c_long.from_buffer(information).value & 0xFFFFFFFF
+
+
 def all_resident(address: int, nbytes: int) -> bool:
     """True if every page of a mapping is in the page cache, as far as this process may know (mincore)."""
     vector = (ctypes.c_ubyte * -(-nbytes // PAGE_SIZE))()
     _checked(_libc.mincore(address, nbytes, vector))
-    return all(one & 1 for one in vector)
+    return 0 not in bytes(vector).translate(_LOWEST_BIT)
 
 
 def queue_signal(process: int, thread: int, number: signal.Signals, value: int) -> None:

@@ -22,6 +22,7 @@ from contextlib import contextmanager, suppress
 from hwpoison import events, protocol
 from hwpoison.linux import syscalls
 from hwpoison.linux.machine import LinuxMachine
+from hwpoison.linux.standard import open_standard_streams
 from hwpoison.linux.userfaultfd import NEEDED, NO_FEATURE, Feature
 from hwpoison.service import keeper
 from hwpoison.service.eventlog import EventLog
@@ -158,11 +159,16 @@ async def _serve(
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # A private manager ends with its clients: a Ctrl-C that is meant for them must not take their memory.
         loop.add_signal_handler(number, (lambda: None) if first is not None else server.stop.set)
+    if first is None:
+        with suppress(OSError):
+            sys.stderr.write(f"hwpoison serve: process {os.getpid()} serves at {address}\n")
+            sys.stderr.flush()
     await server.run(first)
 
 
 def main() -> int:
     """The private manager. Errors go to the client that starts it."""
+    open_standard_streams()
     parser = argparse.ArgumentParser("hwpoison private manager")
     parser.add_argument("--channel", type=int, required=True)
     parser.add_argument("--memory-limit", type=int)

@@ -11,18 +11,22 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from hwpoison import protocol
 from hwpoison.core.manager import MemoryManager
 from hwpoison.core.mappings import Client
 from hwpoison.core.records import Event, Failure, Notice, kernel_line
+from hwpoison.linux.descriptors import Descriptors
 from hwpoison.linux.machine import LinuxMachine
 from hwpoison.service.eventlog import EventLog
 from hwpoison.service.session import Session
 
+PAUSE_SECONDS = 1.0
+"""How long nobody can connect when the system refuses what that needs."""
 log = logging.getLogger("hwpoison")
 
 
@@ -48,6 +52,7 @@ class Server:
         self.manager = MemoryManager(
             machine, self, instance=instance, memory_limit=memory_limit, offline_foreign=offline_foreign
         )
+        self.descriptors = Descriptors()
         self._listener = listener
         self._events = events
         self._private = private
@@ -59,7 +64,7 @@ class Server:
         """Serve until stopped; `first` is a client that is connected already."""
         self._listener.setblocking(False)
         loop = asyncio.get_running_loop()
-        loop.add_reader(self._listener, self._accept)
+        self._listen()
         if first is not None:
             self._admit(first)
         await self.stop.wait()
@@ -72,21 +77,40 @@ class Server:
             # Requests that are under way, a flush for instance. Nobody is there to be answered, but it must not be cut off.
             await asyncio.wait(self._tasks)
         await self.manager.close()
+        self.descriptors.close()
 
     def _accept(self) -> None:
-        with suppress(OSError):
+        try:
+            self.descriptors.require()
+        except OSError as error:
+            with self.descriptors.one_more():
+                self._accept_with(partial(_refuse, error=error))
+        else:
+            self._accept_with(self._admit)
+
+    def _accept_with(self, welcome: Callable[[socket.socket], None]) -> None:
+        try:
             connection, _ = self._listener.accept()
-            self._admit(connection)
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return  # Who wanted to connect has changed its mind.
+        except OSError as error:
+            # The whole system is short of something. It would be said again at once, and for ever.
+            log.warning("nobody can connect for %g s: %s", PAUSE_SECONDS, error)
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self._listener)
+            loop.call_later(PAUSE_SECONDS, self._listen)
+        else:
+            welcome(connection)
+
+    def _listen(self) -> None:
+        if not self.stop.is_set():
+            asyncio.get_running_loop().add_reader(self._listener, self._accept)
 
     def _admit(self, connection: socket.socket) -> None:
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         pid, uid, _ = struct.unpack("3i", credentials)
         if uid not in (os.geteuid(), 0):
-            error = PermissionError(f"this manager serves user {os.geteuid()} and root, not user {uid}")
-            with suppress(OSError):
-                connection.setblocking(False)
-                protocol.send(connection, protocol.failed(error))
-            connection.close()
+            _refuse(connection, PermissionError(f"this manager serves user {os.geteuid()} and root, not user {uid}"))
             return
         self._sessions.add(Session(self, connection, pid))
 
@@ -158,3 +182,10 @@ class Server:
     def defect(self, what: str, error: BaseException) -> None:
         log.error("a defect in hwpoison: %s", what, exc_info=error)
         self._events.add(Event(kind="error", detail=f"defect: {what}: {error!r}"))
+
+
+def _refuse(connection: socket.socket, error: Exception) -> None:
+    """The first thing that who connects is told, and the last."""
+    with connection, suppress(OSError):
+        connection.setblocking(False)
+        protocol.send(connection, protocol.failed(error))

@@ -1,7 +1,7 @@
 """One client of the manager: its channels, what it asks, and what it is told.
 
 A channel is read only while none of its requests is under way, and is never written to if that would have to wait. A
-client that does not read loses its channel, or, for losses, is told that it missed some; nobody else notices.
+client that does not read loses its channel, or, for losses, is told of them when it does read; nobody else notices.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import logging
 import os
 import socket
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from hwpoison import protocol
@@ -21,7 +23,7 @@ from hwpoison.core.objects import MemoryObject
 from hwpoison.core.pages import DIRTY
 from hwpoison.core.records import Notice
 from hwpoison.linux import userfaultfd
-from hwpoison.linux.files import checked_file
+from hwpoison.linux.descriptors import exhausted
 from hwpoison.linux.space import Board, LinuxSpace, Slot
 from hwpoison.linux.store import LinuxStore
 
@@ -29,7 +31,11 @@ if TYPE_CHECKING:
     from hwpoison.service.server import Server
 
 NOTICES_LIMIT = 1000
-"""Losses that wait for a client to read them; beyond that it is told that it missed some."""
+"""Notices that wait for a client to read them; beyond that those of losses that stand no more are left out."""
+NOTICES_AT_ONCE = 100
+"""Sent to a client before others have their turn: one that reads as fast as we send must not hold them up."""
+LOOK_SECONDS_MIN, LOOK_SECONDS_MAX = 0.05, 60.0
+"""How often it is looked whether a client with which there is no connection any more still has its memory."""
 log = logging.getLogger("hwpoison")
 
 
@@ -56,6 +62,9 @@ class Channel:
         except protocol.MalformedError as error:
             self._reply(protocol.failed(error))
             return
+        except protocol.NoDescriptorError:
+            self._reply(protocol.failed(exhausted()))
+            return
         except OSError:
             data, fds = b"", []
         except Exception as error:  # noqa: BLE001
@@ -80,8 +89,10 @@ class Channel:
                 reply = protocol.failed(error)
             self._reply(reply, reply_fds)
         finally:
-            for fd in (*fds, *reply_fds):
+            for fd in reply_fds:
                 os.close(fd)
+            for fd in fds:
+                self._session.server.spawn(self._session.server.machine.let_go(fd))
         self._busy = False
         if self._connection.fileno() >= 0:
             self._loop.add_reader(self._connection, self._readable)
@@ -103,45 +114,54 @@ class Channel:
 
 
 class NoticeChannel:
-    """The socket on which a client is told of losses."""
+    """The socket on which a client is told of losses: of each once, in order, however slowly it reads.
 
-    def __init__(self, connection: socket.socket) -> None:
+    What it has not read waits here. When that is more than `NOTICES_LIMIT`, what `stands` says no to is left out: losses
+    that were repaired or discarded before the client read of them, which the event log has. So at most twice as many wait
+    as losses stood at one time, and not as many as there were.
+    """
+
+    def __init__(self, connection: socket.socket, stands: Callable[[Notice], bool]) -> None:
         self._connection = connection
+        self._stands = stands
         connection.setblocking(False)
         self._loop = asyncio.get_running_loop()
-        self._waiting: deque[protocol.Message] = deque()
-        self._missed = False
+        self._waiting: deque[Notice] = deque()
+        self._waiting_limit = NOTICES_LIMIT
 
-    def tell(self, message: protocol.Message) -> None:
-        """Send it, or keep it until the client reads; too many are replaced by one `Missed` at the end."""
-        if len(self._waiting) < NOTICES_LIMIT:
-            self._waiting.append(message)
-        else:
-            self._missed = True
-        if len(self._waiting) == 1:
-            self._send()
-
-    def _send(self) -> None:
+    def tell(self, notice: Notice) -> None:
+        """Send it, or keep it until the client reads."""
         if self._connection.fileno() < 0:
             return
+        self._waiting.append(notice)
+        if len(self._waiting) == 1:
+            self._send()
+        elif len(self._waiting) > self._waiting_limit:
+            self._waiting = deque(filter(self._stands, self._waiting))
+            # All of them are looked at only when they have doubled.
+            self._waiting_limit = max(NOTICES_LIMIT, 2 * len(self._waiting))
+
+    def _send(self) -> None:
         try:
-            while self._waiting:
-                protocol.send(self._connection, self._waiting[0])
+            for _ in range(min(len(self._waiting), NOTICES_AT_ONCE)):
+                protocol.send(self._connection, protocol.Told(self._waiting[0]))
                 self._waiting.popleft()
-                if not self._waiting and self._missed:
-                    self._missed = False
-                    self._waiting.append(protocol.Missed())
         except BlockingIOError:
-            self._loop.add_writer(self._connection, self._send)
+            pass
         except OSError:
             self.close()
+            return
+        if self._waiting:
+            self._loop.add_writer(self._connection, self._send)
         else:
             self._loop.remove_writer(self._connection)
+            self._waiting_limit = NOTICES_LIMIT
 
     def close(self) -> None:
         if self._connection.fileno() >= 0:
             self._loop.remove_writer(self._connection)
             self._connection.close()
+        self._waiting.clear()
 
 
 class Session:
@@ -158,19 +178,40 @@ class Session:
         self._mappings: dict[int, Mapping] = {}
         self._about_to_map: dict[int, list[MemoryObject]] = {}
         self._notices: NoticeChannel | None = None
+        self._next_look: asyncio.TimerHandle | None = None
         self._channels: set[Channel] = {Channel(self, connection)}
 
     # --- its life
 
     def channel_closed(self, channel: Channel) -> None:
-        """The last channel's end is the client's, unless its process lives and still has mappings: those are served."""
+        """The last channel's end is the client's, unless its memory lives and still has mappings: those are served."""
         self._channels.discard(channel)
-        if not self._channels and not self._mappings:
+        if not self._channels:
+            if self._mappings:
+                self.server.spawn(self._end_if_gone(LOOK_SECONDS_MIN))
+            else:
+                self.end()
+
+    async def _end_if_gone(self, seconds: float) -> None:
+        """A process that executes another program closes its channels, and its memory is gone: that is its end here.
+
+        Others can hold that memory for a moment yet (who reads its /proc, for instance), so it is looked again, and ever
+        more seldom: the process may as well live and have lost its connections.
+        """
+        gone = self._space is None or await self._space.gone()
+        if self._space is None:
+            return
+        if gone:
             self.end()
+        else:
+            look = partial(self._end_if_gone, min(2 * seconds, LOOK_SECONDS_MAX))
+            self._next_look = asyncio.get_running_loop().call_later(seconds, lambda: self.server.spawn(look()))
 
     def end(self) -> None:
         """The process is gone, or has said goodbye."""
         manager = self.server.manager
+        if self._next_look is not None:
+            self._next_look.cancel()
         if self.client is not None:
             manager.remove_client(self.client)
             self.client = None
@@ -194,7 +235,7 @@ class Session:
     def tell(self, notice: Notice) -> None:
         """A loss, for those who listen."""
         if self._notices is not None:
-            self._notices.tell(protocol.Told(notice))
+            self._notices.tell(notice)
 
     # --- what it asks
 
@@ -202,6 +243,8 @@ class Session:
         """The reply and its descriptors, which are the caller's to close; so are those of `fds` that are left in it."""
         if not self._greeted and not isinstance(request, protocol.Hello):
             raise ConnectionError("the first message must be Hello")
+        if isinstance(request, (protocol.Hello, protocol.AddChannel, protocol.Listen, protocol.Allocate, protocol.Open)):
+            self.server.descriptors.require()
         match request:
             case protocol.Hello():
                 return self._hello(request, fds)
@@ -210,7 +253,7 @@ class Session:
             case protocol.Listen():
                 if self._notices is not None:
                     self._notices.close()
-                self._notices = NoticeChannel(_taken_socket(fds))
+                self._notices = NoticeChannel(_taken_socket(fds), self.server.manager.stands)
             case protocol.Allocate() | protocol.Open() | protocol.Attach():
                 return self._found(await self._object(request, fds))
             case protocol.Map():
@@ -311,25 +354,31 @@ class Session:
             case protocol.Allocate():
                 return manager.allocate(request.nbytes, request.name)
             case protocol.Open():
-                return self._open(request, fds)
+                return await self._open(request, fds)
             case protocol.Attach():
                 return manager.find(request.name)
 
-    def _open(self, request: protocol.Open, fds: list[int]) -> MemoryObject:
+    async def _open(self, request: protocol.Open, fds: list[int]) -> MemoryObject:
         if not fds:
             raise ValueError("Open needs the file's descriptor")
-        checked_file(fds[0], request.name)
         flags = fcntl.fcntl(fds[0], fcntl.F_GETFL)
         access = flags & os.O_ACCMODE
-        if flags & os.O_APPEND:
-            raise ValueError(f"the descriptor of {request.name!r} is open for appending: every write would go to its end")
-        if access == os.O_WRONLY or (request.writable and access != os.O_RDWR):
-            raise PermissionError(f"the descriptor of {request.name!r} is not open for what the mode asks")
-        file = self.server.machine.file(fds.pop(0))
+        file = await self.server.machine.open_file(fds.pop(0), request.name)
         try:
-            return self.server.manager.open(request.name, file, request.offset, request.nbytes, writable=request.writable)
+            if flags & os.O_APPEND:
+                raise ValueError(
+                    f"the descriptor of {request.name!r} is open for appending: every write would go to its end"
+                )
+            if access == os.O_WRONLY or (request.writable and access != os.O_RDWR):
+                raise PermissionError(f"the descriptor of {request.name!r} is not open for what the mode asks")
+            manager = self.server.manager
+            await manager.settled(request.name)
+            identity = await manager.version(request.name, file)
+            if self.client is None:
+                raise ConnectionError("the client is gone")
+            return manager.open(request.name, file, identity, request.offset, request.nbytes, writable=request.writable)
         except Exception:
-            file.close()
+            await file.close()
             raise
 
     def _found(self, object_: MemoryObject) -> tuple[protocol.Message, list[int]]:

@@ -1,0 +1,71 @@
+"""A manager that holds less memory than its files, while the kernel is made to put pages of theirs into large frames."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import hwpoison
+from hwpoison.linux.syscalls import PAGE_SIZE
+from tests.large_frames import BLOCK_BYTES, collapse
+from tests.live.conftest import known
+
+MakeFile = Callable[..., Path]
+
+
+@contextmanager
+def pinned(memory: int, offset: int) -> Iterator[None]:
+    """Somebody holds the frame of this page, as a pipe does; a large frame with it is held whole."""
+    read, write = os.pipe()
+    try:
+        assert os.splice(memory, write, PAGE_SIZE, offset_src=offset) == PAGE_SIZE
+        yield
+    finally:
+        os.close(read)
+        os.close(write)
+
+
+@pytest.mark.parametrize("mode", ["r", "r+"])
+def test_pages_of_a_large_frame_that_somebody_holds_are_dropped_and_come_back_right(mode: str, file: MakeFile) -> None:
+    nbytes, limit = 5 * BLOCK_BYTES, 2 * BLOCK_BYTES
+    path = file(nbytes)
+    expected = bytearray(known(nbytes))
+    with hwpoison.Manager(memory_limit=limit) as manager:
+        memory = manager.open(path, mode)
+        for version in (2, 3):
+            assert memory.buffer[:BLOCK_BYTES] == expected[:BLOCK_BYTES]
+            if mode == "r+":
+                memory.buffer[:BLOCK_BYTES] = expected[:BLOCK_BYTES] = known(BLOCK_BYTES, version)
+            collapse(memory._fd)
+            with pinned(memory._fd, 77 * PAGE_SIZE):
+                dropped = manager.statistics().dropped
+                for offset in random.Random(version).sample(range(BLOCK_BYTES, nbytes, PAGE_SIZE), 1500):
+                    assert memory.buffer[offset : offset + PAGE_SIZE] == expected[offset : offset + PAGE_SIZE]
+                assert manager.statistics().memory_present <= limit
+                assert manager.statistics().dropped - dropped > BLOCK_BYTES
+                assert memory.buffer == expected
+        assert memory.lost() == []
+    assert path.read_bytes() == expected
+
+
+def test_files_are_written_right_within_a_limit_of_whole_large_frames(file: MakeFile) -> None:
+    nbytes, limit = 6 * BLOCK_BYTES, 2 * BLOCK_BYTES
+    path = file(nbytes)
+    expected = bytearray(known(nbytes))
+    chance = random.Random(5)
+    with hwpoison.Manager(memory_limit=limit) as manager:
+        memory = manager.open(path, "r+")
+        for unit in range(6):
+            memory.prefetch(unit * BLOCK_BYTES, BLOCK_BYTES)
+            for page in chance.sample(range(512), 100):
+                offset = unit * BLOCK_BYTES + page * PAGE_SIZE
+                memory.buffer[offset : offset + 8] = expected[offset : offset + 8] = chance.randbytes(8)
+            assert manager.statistics().memory_present <= limit
+        assert memory.buffer == expected
+        assert manager.statistics().memory_present <= limit
+    assert path.read_bytes() == expected

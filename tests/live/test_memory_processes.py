@@ -1,0 +1,108 @@
+"""How a memory comes to other processes, and what they see of it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import hwpoison
+from tests.live.frames import PAGE
+from tests.live.process import Child
+from tests.support import SECONDS_MAX, wait_until
+
+MakeFile = Callable[..., Path]
+
+
+def _double(memory: hwpoison.Memory, other: hwpoison.Memory) -> None:
+    memory.array("u8")[:] *= 2
+    other.buffer[0] = len(memory.name)
+    with pytest.raises(hwpoison.PoisonError):
+        memory._manager.attach("lost").read(0, 1)
+
+
+def test_a_memory_is_pickled_to_another_process(manager: hwpoison.Manager) -> None:
+    memory, other, lost = manager.allocate(PAGE, "t"), manager.allocate(1), manager.allocate(1, "lost")
+    memory.array("u8")[:] = range(512)
+    lost.buffer[0] = 1
+    manager.inject("lost", 0)
+    process = multiprocessing.get_context("spawn").Process(target=_double, args=(memory, other))
+    process.start()
+    process.join(SECONDS_MAX)
+    assert process.exitcode == 0
+    process.close()
+    assert memory.array("u8").tolist() == list(range(0, 1024, 2))
+    assert other.buffer[0] == 1
+    wait_until(lambda: manager.objects()[0].mappings == 1, "the process has gone")
+
+
+def test_a_memory_that_is_pickled_within_a_process_comes_by_the_same_connection(manager: hwpoison.Manager) -> None:
+    memory = manager.allocate(PAGE, "t")
+    again = pickle.loads(pickle.dumps(memory))
+    again.buffer[0] = 7
+    assert memory.buffer[0] == 7
+    assert again.address != memory.address
+    assert manager.statistics().clients == 1
+
+
+def test_a_pickled_memory_whose_manager_has_ended_is_a_connection_error() -> None:
+    with hwpoison.Manager() as manager:
+        pickled = pickle.dumps(manager.allocate(1))
+    with pytest.raises(ConnectionError):
+        pickle.loads(pickled)
+
+
+def test_a_memory_is_attached_by_name_in_another_process_and_both_see_every_store(manager: hwpoison.Manager) -> None:
+    memory = manager.allocate(3 * PAGE, "t")
+    code = """
+manager = hwpoison.connect(arguments[0])
+memory = manager.attach("t")
+while (order := hear()) is not None:
+    offset, value = order
+    before = memory.buffer[offset]
+    memory.buffer[offset] = value
+    say(before)
+try:
+    manager.attach("missing")
+except FileNotFoundError:
+    say("missing")
+manager.close()
+"""
+    with Child(code, manager.socket) as child:
+        for offset, value in ((0, 1), (2 * PAGE + 5, 2), (0, 3)):
+            memory.buffer[offset + 1] = value
+            before = memory.buffer[offset]
+            assert child.ask((offset, value)) == before
+            assert memory.buffer[offset] == value
+            assert child.ask((offset + 1, 0)) == value
+        assert child.ask(None) == "missing"
+        assert child.wait() == 0
+
+
+def test_a_forked_child_has_neither_the_memory_nor_the_manager() -> None:
+    code = """
+manager = hwpoison.Manager()
+memory = manager.allocate(8192)
+memory.buffer[0] = 1
+assert memory.read(0, 1) == bytes([1])
+for attempt in (lambda: memory.read(0, 1), memory.lost, lambda: memory.buffer[0]):
+    child = os.fork()
+    if not child:
+        try:
+            attempt()
+        except ConnectionError:
+            os._exit(3)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    say(os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status))
+say(memory.buffer[0])
+manager.close()
+"""
+    with Child(code) as child:
+        assert [child.hear() for _ in range(3)] == [3, 3, -signal.SIGSEGV]
+        assert child.hear() == 1
+        assert child.wait() == 0

@@ -1,0 +1,183 @@
+"""`hwpoison serve` and `hwpoison run`: managers with a life of their own, or that of a command."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from hwpoison.cli import COMMANDS, main
+from tests.service.command import COMMAND, assert_refused, bounded, document, next_line, run, serving, started, terminal
+from tests.support import SECONDS_MAX
+
+pytestmark = pytest.mark.usefixtures("log_path")
+live = pytest.mark.live
+
+
+# --- a manager for the life of a command
+
+
+@live
+@pytest.mark.parametrize(
+    ("script", "status"), [("exit 0", 0), ("exit 7", 7), ("kill -KILL $$", 128 + 9), ("kill -TERM $$", 128 + 15)]
+)
+def test_run_ends_with_the_status_of_its_command(script: str, status: int) -> None:
+    ended = run("run", "--", "sh", "-c", script)
+
+    assert (ended.returncode, ended.stdout, ended.stderr) == (status, "", "")
+
+
+@live
+def test_run_says_as_shells_do_that_a_command_cannot_be_run(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("no program")
+
+    assert_refused(run("run", "no-such-command"), 127, "no-such-command: command not found")
+    assert_refused(run("run", tmp_path / "text"), 126, "Permission denied")
+    assert_refused(run("run", tmp_path), 126, "Permission denied")
+
+
+@live
+def test_run_gives_its_command_a_manager_that_ends_with_it() -> None:
+    script = """if True:
+        import os, hwpoison
+        with hwpoison.connect() as manager:
+            memory = manager.allocate(1 << 20, name="t")
+            memory.write(0, b"kept")
+            assert memory.read(0, 4) == b"kept"
+            print(os.environ["HWPOISON_SOCKET"], manager.statistics().memory_limit)
+    """
+    ended = run("run", "--memory-limit", "2MiB", "--", sys.executable, "-c", script)
+
+    assert (ended.returncode, ended.stderr) == (0, "")
+    address, memory_limit = ended.stdout.split()
+    assert int(memory_limit) == 2 << 20
+    assert_refused(run("status", "--socket", address), 3, "no manager answers")
+
+
+SIGNALLED = """if True:
+    # Tells each signal, to the last, which is named by the argument.
+    import signal, sys
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+    numbers = {signal.Signals[name] for name in names}
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    signal.alarm(60)
+    print("ready", flush=True)
+    name = ""
+    while name != sys.argv[1]:
+        name = signal.Signals(signal.sigwait(numbers)).name
+        print(name, flush=True)
+"""
+
+
+@live
+def test_run_passes_signals_on() -> None:
+    with started("run", "--", sys.executable, "-c", SIGNALLED, "SIGUSR2") as running:
+        assert next_line(running) == "ready"
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2"):
+            running.send_signal(signal.Signals[name])
+            assert next_line(running) == name
+        assert running.wait(SECONDS_MAX) == 0
+
+
+@live
+def test_run_leaves_no_signal_blocked_or_ignored_in_its_command() -> None:
+    def masks(prefix: list[str]) -> list[int]:
+        """Of the signals that programs know; above are those of the C library."""
+        command = [*prefix, "grep", "^Sig[BI]", "/proc/self/status"]
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_MAX, check=True).stdout
+        return [int(line.split()[1], 16) & 0x7FFF_FFFF for line in shown.splitlines()]
+
+    assert masks([*COMMAND, "run", "--"]) == masks([])
+
+
+SHELL = """if True:
+    # The least of a shell: a terminal of its own, and one job in the foreground.
+    import fcntl, os, signal, sys, termios
+    os.setsid()
+    terminal = int(sys.argv[1])
+    fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+    job = os.fork()
+    if job == 0:
+        os.setpgid(0, 0)
+        os.tcsetpgrp(terminal, os.getpid())
+        signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+        os.execv(sys.executable, [sys.executable, "-m", "hwpoison", "run", "--", *sys.argv[2:]])
+    while True:
+        _, status = os.waitpid(job, os.WUNTRACED)
+        if not os.WIFSTOPPED(status):
+            sys.exit(os.waitstatus_to_exitcode(status))
+        print("stopped", flush=True)
+        os.killpg(job, signal.SIGCONT)
+"""
+
+
+@live
+def test_what_is_typed_at_a_terminal_reaches_the_command_once() -> None:
+    with terminal() as (ours, theirs):
+        command = [sys.executable, "-c", SHELL, str(theirs), sys.executable, "-c", SIGNALLED, "SIGQUIT"]
+        with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, pass_fds=[theirs]) as shell, bounded(shell):
+            assert next_line(shell) == "ready"
+            for key, answer in ((b"\x03", "SIGINT"), (b"\x1a", "stopped"), (b"\x1c", "SIGQUIT"), (b"", "")):
+                os.write(ours, key)
+                assert next_line(shell) == answer
+            assert shell.wait(SECONDS_MAX) == 0
+
+
+# --- a manager that is shared
+
+
+@live
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_serve_serves_until_it_is_told_to_end(tmp_path: Path, number: signal.Signals) -> None:
+    path = tmp_path / "socket"
+    with serving(path, "--memory-limit", "1GiB") as server:
+        found = document("status", "--socket", path)
+        assert (found["socket"], found["memory_limit"], found["pid"]) == (str(path), 1 << 30, server.pid)
+
+        server.send_signal(number)
+
+        assert server.wait(SECONDS_MAX) == 0
+        assert server.stderr is not None
+        assert server.stderr.read() == f"hwpoison serve: process {server.pid} serves at {path}\n"
+    assert not path.exists()
+
+
+@live
+def test_serve_refuses_a_place_that_is_taken(tmp_path: Path) -> None:
+    with serving(tmp_path / "socket"):
+        assert_refused(run("serve", "--socket", tmp_path / "socket"), 2, "a manager serves at", "already")
+        assert document("status", "--socket", tmp_path / "socket")["clients"] == 0
+    (tmp_path / "file").touch()
+    assert_refused(run("serve", "--socket", tmp_path / "file"), 2, "is no socket")
+    assert_refused(run("serve", "--socket", tmp_path / "none" / "socket"), 2, "there is no folder", str(tmp_path / "none"))
+    assert_refused(run("serve", "--socket", "/" + "x" * 200), 2, "at most 107 bytes")
+
+
+def test_offline_foreign_is_for_root(capsys: pytest.CaptureFixture[str]) -> None:
+    # In this process, and imported before: another user may not be able to read the interpreter or this checkout.
+    import_module(COMMANDS["serve"].where.split(":")[0])
+    with as_ordinary_user():
+        status = main(["serve", "--socket", "@x", "--offline-foreign"])
+
+    assert status == 2
+    assert "hwpoison serve: --offline-foreign needs root" in capsys.readouterr().err
+
+
+@contextmanager
+def as_ordinary_user() -> Iterator[None]:
+    root = os.geteuid() == 0
+    if root:
+        os.setresuid(65534, 65534, 0)
+    try:
+        yield
+    finally:
+        if root:
+            os.setresuid(0, 0, 0)
