@@ -111,7 +111,7 @@ async def memory_failure(books: Books, report: Report) -> Failure:
             return _finish(handling, row, Outcome.FAILED, started)
         try:
             await _io_settled(handling)
-            row = identify(_observe(place) & ~Condition.POISONED)
+            row = identify(_observe(place, own=POISONED))
             outcome = await _act(handling, row)
         finally:
             object_.locks.release(held)
@@ -142,21 +142,22 @@ async def _locate(books: Books, report: Report) -> Place:
     return Place(reserved=await books.machine.reserved(pid=report.pid))
 
 
-def _observe(place: Place) -> Condition:
-    """The condition of the place, now."""
-    seen = Condition(0)
-    if place.reserved:
-        seen |= Condition.RESERVED
+def _observe(place: Place, own: int = 0) -> Condition:
+    """The condition of the place, now, but for the flag that the one who looks has set himself."""
+    object_ = place.object
+    if object_ is not None:
+        return _condition(object_.kind, object_.pages.flags[place.page] & ~own, object_.closed)
     if place.quarantined:
-        seen |= Condition.OWNED | Condition.POISONED
-    if place.object is None:
-        return seen
-    flags = place.object.pages.flags[place.page]
-    seen |= Condition.OWNED
-    seen |= Condition.FILE if place.object.kind is Kind.FILE else Condition.ANONYMOUS
+        return Condition.OWNED | Condition.POISONED
+    return Condition.RESERVED if place.reserved else Condition(0)
+
+
+@cache
+def _condition(kind: Kind, flags: int, closed: bool) -> Condition:
+    seen = Condition.OWNED | (Condition.FILE if kind is Kind.FILE else Condition.ANONYMOUS)
     if flags & POISONED:
         seen |= Condition.POISONED
-    if place.object.closed:
+    if closed:
         seen |= Condition.CLOSED
     if flags & PRESENT:
         seen |= Condition.PRESENT

@@ -1,9 +1,9 @@
 """The recovery of a clean page of a file that a process is reading all the time: against `benchmarks/recover.c`.
 
-Manager and reader have a CPU each, as in the floor; who reports shares the manager's. A round is timed from the moment
-before the report is sent, which is earlier than its arrival in the manager, until the reader has the right byte in its
-hand: so the time has a message and the manager's waking up in it, which the floor has not. Rounds in which the reader
-did not sleep in the fault are not counted; the floor's are chosen alike.
+Manager and reader have a CPU each, as in the floor; who reports shares the manager's. A round is timed from right before
+the report is put into the manager's socket until the reader has the right byte in its hand: so the time has a message and
+the manager's waking up in it, which the floor has not. Rounds in which the reader did not sleep in the fault are not
+counted; the floor's are chosen alike.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import hwpoison
+from hwpoison import protocol
 from hwpoison.cli.benchmarks.common import Bench, Result, Target, median, on_cpus, percentile
 from hwpoison.cli.benchmarks.reader import ENDED_NS, GOT, READS, SLEPT, WORDS_BYTES, words_of
+from hwpoison.core.records import Report, Source
 
 NBYTES = 64 << 20
 ROUNDS = 5
@@ -74,6 +76,8 @@ def _recover(
     right = _byte(path, offset)
     took: list[float] = []
     tried = 0
+    channel = manager.connection.new_channel(protocol.AddChannel())
+    report = protocol.ReportPage(Report(name=memory.name, offset=offset, source=Source.INJECTED))
     while len(took) < RECOVERIES:
         tried += 1
         if tried > 100 + 20 * RECOVERIES:
@@ -81,13 +85,15 @@ def _recover(
         _await_reads(words, 100)
         slept = words[SLEPT]
         sent_ns = time.monotonic_ns()
-        manager.inject(memory, offset)
+        protocol.send(channel, report)
+        protocol.receive_reply(channel)
         # The first of two more reads may have begun before the page was taken, the second one has not.
         _await_reads(words, 2)
         if words[SLEPT] != slept and words[ENDED_NS] > sent_ns:
             if words[GOT] != right:
                 raise RuntimeError(f"the reader has read {words[GOT]}, but the file has {right}: a wrong byte")
             took.append((words[ENDED_NS] - sent_ns) / 1e3)
+    channel.close()
     return took
 
 
