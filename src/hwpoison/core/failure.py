@@ -107,6 +107,8 @@ async def memory_failure(books: Books, report: Report) -> Failure:
     held = object_.locks.hold(page)
     try:
         if not await _locked(handling, held):
+            # What it was before the wait it may not be any more.
+            row = identify(_observe(place, own=POISONED))
             handling.state = row.state
             return _finish(handling, row, Outcome.FAILED, started)
         try:
@@ -143,10 +145,14 @@ async def _locate(books: Books, report: Report) -> Place:
 
 
 def _observe(place: Place, own: int = 0) -> Condition:
-    """The condition of the place, now, but for the flag that the one who looks has set himself."""
+    """The condition of the place, now, but for the flag that the one who looks has set himself.
+
+    It is another's all the same if the page was lost meanwhile, because its file could not be read.
+    """
     object_ = place.object
     if object_ is not None:
-        return _condition(object_.kind, object_.pages.flags[place.page] & ~own, object_.closed)
+        flags = object_.pages.flags[place.page]
+        return _condition(object_.kind, flags if flags & LOST else flags & ~own, object_.closed)
     if place.quarantined:
         return Condition.OWNED | Condition.POISONED
     return Condition.RESERVED if place.reserved else Condition(0)
