@@ -68,3 +68,9 @@ with hwpoison.Manager() as manager:
     with nobody(code) as child:
         assert [child.hear() for _ in range(4)] == [True, True, State.ANONYMOUS, [["t", 0, PAGE]]]
         assert child.wait() == 0
+
+
+def test_a_manager_to_which_nothing_has_happened_has_no_events(manager: hwpoison.Manager) -> None:
+    assert list(manager.events()) == []
+    manager.inject(manager.allocate(PAGE, name="t"), 0)
+    assert [event.kind for event in manager.events()] == ["report", "outcome"]

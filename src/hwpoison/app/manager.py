@@ -192,7 +192,11 @@ class BaseManager:
     def events(self) -> Iterator[event_log.LoggedEvent]:
         """This manager's events, in order, from the log."""
         place = self.connection.request(protocol.SyncLog(), protocol.LogPlace)
-        return event_log.read(Path(place.path), instance=place.instance)
+        try:
+            return event_log.read(Path(place.path), instance=place.instance)
+        except FileNotFoundError:
+            # The manager writes it with the first event.
+            return iter(())
 
     # --- its life
 
