@@ -5,7 +5,32 @@
         with hwpoison.guard(table) as safe:
             total = safe.array("f8").sum()
 
-See `Manager`, `connect`, `guard`, `Memory` and `PoisonError`.
+The way to memory:
+
+    Manager           a private manager process, for this process and those that it tells its `socket`
+    connect           the way to a manager that others use too: a SharedManager
+    SharedManager     what `connect` returns
+    BaseManager       what both have in common: allocate, open, attach, inject, report, objects, statistics, events
+    Memory            an object, mapped here: buffer, array, read, write, flush, repair, discard, lost, on_failure
+    guard             read memory in which bytes may be lost: raises PoisonError at its end
+    SafeView          what `guard` gives: buffer, array, check
+
+What fails, and what is said of it:
+
+    Failure           the handling of one report: what `inject` and `report` return
+    Notice            what `on_failure` tells an owner of a loss
+    Handle            what `on_failure` returns: cancel
+    State, Outcome    what a page was when it failed, and how its handling ended
+    PoisonError       bytes that were needed are lost; an OSError, its errno is EHWPOISON
+    EHWPOISON         133, the kernel's number for it
+    Range             name, offset, nbytes: bytes of an object
+    UnsupportedError  this machine lacks something that is needed
+
+What a manager says of itself:
+
+    ObjectInfo        one of `objects()`
+    Statistics        what `statistics()` returns
+    LoggedEvent       one of `events()`
 """
 
 from importlib import import_module
@@ -15,22 +40,29 @@ if TYPE_CHECKING:
     from hwpoison.app.guard import SafeView, guard
     from hwpoison.app.manager import BaseManager, Manager, SharedManager, connect
     from hwpoison.app.memory import Memory
+    from hwpoison.app.notices import Handle
     from hwpoison.core.records import Failure, Notice, Outcome, State
     from hwpoison.errors import EHWPOISON, PoisonError, Range, UnsupportedError
+    from hwpoison.events import LoggedEvent
+    from hwpoison.protocol import ObjectInfo, Statistics
 
 __all__ = [
     "EHWPOISON",
     "BaseManager",
     "Failure",
+    "Handle",
+    "LoggedEvent",
     "Manager",
     "Memory",
     "Notice",
+    "ObjectInfo",
     "Outcome",
     "PoisonError",
     "Range",
     "SafeView",
     "SharedManager",
     "State",
+    "Statistics",
     "UnsupportedError",
     "connect",
     "guard",
@@ -40,8 +72,11 @@ _PLACES = {
     "app.guard": ("SafeView", "guard"),
     "app.manager": ("BaseManager", "Manager", "SharedManager", "connect"),
     "app.memory": ("Memory",),
+    "app.notices": ("Handle",),
     "core.records": ("Failure", "Notice", "Outcome", "State"),
     "errors": ("EHWPOISON", "PoisonError", "Range", "UnsupportedError"),
+    "events": ("LoggedEvent",),
+    "protocol": ("ObjectInfo", "Statistics"),
 }
 
 
@@ -53,3 +88,7 @@ def __getattr__(name: str) -> object:
             globals()[name] = value
             return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

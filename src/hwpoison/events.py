@@ -58,9 +58,12 @@ class NotAnEventLogError(ValueError):
 
 
 class LoggedEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """One event as it stands in the log. `id` orders the events of a file; the rest is as in `hwpoison.core.records.Event`.
+    """One event as it stands in the log. `id` orders the events of a file; `time` is in UTC; `instance` tells managers
+    apart, and begins the event ids of one.
 
-    `time` is in UTC; `instance` tells managers apart, and begins the event ids of one.
+    `kind` says what happened (`report`, `outcome`, `victim`, `notice`, `access`, `refill`, `repair`, `discard`, `error`,
+    `kill`); `event_id` is that of the failure to which it belongs. It concerns `nbytes` at `offset` of the object `name`
+    (-1: no place in it) and process `pid` (0: none); `state` and `outcome` are the failure's, `detail` is for people.
     """
 
     id: int
@@ -126,6 +129,7 @@ def read(
     after: int = 0,
     instance: str | None = None,
     event_id: str | None = None,
+    name: str | None = None,
     limit: int | None = None,
 ) -> Iterator[LoggedEvent]:
     """The events with an `id` above `after`, in order; of those, `limit` takes the last ones. Writers are not held up.
@@ -135,7 +139,7 @@ def read(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit {limit}: at least 1 event, or None for all")
-    conditions = [("instance", instance), ("event_id", event_id)]
+    conditions = [("instance", instance), ("event_id", event_id), ("name", name)]
     where = "".join(f" AND {column} = ?" for column, value in conditions if value is not None)
     values = [value for _, value in conditions if value is not None]
     if limit is not None:

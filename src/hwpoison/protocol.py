@@ -2,7 +2,8 @@
 
 One message is one packet of a SOCK_SEQPACKET socket, msgpack, with descriptors beside it where the message says so. Each
 request gets one reply, in order, on the channel it came by: the reply that its docstring names, or `Failed`. A client may
-open more channels, and one on which it is told of losses.
+open more channels, and one on which it is told of losses; it is there that the manager answers when it has taken them. A
+client that stops waiting for a reply closes the channel.
 """
 
 from __future__ import annotations
@@ -49,11 +50,18 @@ class Hello(Message):
 
 
 class AddChannel(Message):
-    """Descriptor: one end of a socket pair, another channel for requests. Reply: `Done`."""
+    """Descriptor: one end of a socket pair, another channel for requests. Reply, on that: `Done`."""
 
 
 class Listen(Message):
-    """Descriptor: one end of a socket pair, on which the client is told of losses (`Told`) from now on. Reply: `Done`."""
+    """Descriptor: one end of a socket pair, on which the client is told of losses (`Told`) from now on.
+
+    Reply, on that: `Done`.
+    """
+
+
+class CountLosses(Message):
+    """How many losses of its own the client has had, whether it was told or not. Reply: `Losses`."""
 
 
 class Allocate(Message):
@@ -79,17 +87,16 @@ class Attach(Message):
 
 
 class Map(Message):
-    """The object is mapped at `address` and registered with the client's userfaultfd. Reply: `Mapped`."""
+    """The object is mapped at `address` and registered with the client's userfaultfd. Reply: `Mapped`.
+
+    On the channel by which the object was found: when that ends, what was not mapped is let go. On any for one more mapping.
+    `mapping` is the client's own number for it, another one each time: it can say that it is gone also without the reply.
+    """
 
     object: int
     address: int
+    mapping: int
     guarded: bool = False
-
-
-class Release(Message):
-    """The object of a `Found` will not be mapped. Reply: `Done`."""
-
-    object: int
 
 
 class Unmap(Message):
@@ -148,9 +155,10 @@ class Met(Message):
 
 
 class Flush(Message):
-    """Write everything back. Reply: `Done`."""
+    """Write everything back. `errors`: as the last reply that the client has got said it. Reply: `Flushed`."""
 
     mapping: int
+    errors: int
 
 
 class ReportPage(Message):
@@ -206,10 +214,23 @@ class Found(Message):
 
 
 class Mapped(Message):
-    """`slot`: the words of the guarded view on the board."""
+    """`slot`: the words of the guarded view on the board. `errors`: what the first `Flush` has to say."""
 
-    mapping: int
     slot: int
+    errors: int
+
+
+class Flushed(Message):
+    """`errors` counts those of the object so far. `failed`, if there are some that the client has not been told of."""
+
+    errors: int
+    failed: Failed | None = None
+
+
+class Losses(Message):
+    """The number of losses."""
+
+    count: int
 
 
 class Count(Message):
@@ -232,7 +253,12 @@ class Handled(Message):
 
 
 class ObjectInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What can be said of an object; sizes in bytes."""
+    """What can be said of an object; sizes in bytes.
+
+    `kind` is "anonymous" or "file", `mode` "r" or "r+". Of `nbytes`, `present` are in memory now, `dirty` are newer than the
+    file, `lost` are gone until somebody repairs or discards them. `mappings` counts views, those of guards too; `pids` are
+    the processes that have them.
+    """
 
     name: str
     kind: str
@@ -252,7 +278,14 @@ class ObjectList(Message):
 
 
 class Statistics(msgspec.Struct, frozen=True, kw_only=True):
-    """Of one manager, since it started. Sizes in bytes; `outcomes` and `states` count failures."""
+    """Of one manager, since it started. Sizes in bytes.
+
+    `pid`, `page_size`, `socket` (as `printable_path`) and `memory_limit` are the manager's; `memory_present` is what it
+    holds now of all objects, for so many `clients` and `objects`. `outcomes` and `states` count failures; reports of pages
+    known to be bad are not counted among the outcomes, and among the states only as "already poisoned page".
+    `quarantined`: bad frames that are held. `faults`: accesses that the manager has served. `read` from files, `written` to
+    files, `dropped` to keep the limit. `accesses_to_lost` counts accesses, `events_dropped` events that could not be logged.
+    """
 
     pid: int
     page_size: int
@@ -281,7 +314,7 @@ class StatisticsReply(Message):
 class LogPlace(Message):
     """Where the event log is; empty if there is none. `instance` begins the event ids of this manager."""
 
-    path: str
+    path: bytes
     instance: str
 
 
@@ -295,8 +328,10 @@ class Failed(Message):
 
 
 class Told(Message):
-    """On the channel of `Listen`: a loss."""
+    """On the channel of `Listen`: a loss of the client's, its `number`th, of `object`. Names are used again, numbers not."""
 
+    number: int
+    object: int
     notice: Notice
 
 
@@ -305,12 +340,12 @@ class Elsewhere(Message):
 
 
 Request = (
-    Hello | AddChannel | Listen | Allocate | Open | Attach | Map | Release | Unmap | Write | Prefetch | Repair | Discard
+    Hello | AddChannel | Listen | CountLosses | Allocate | Open | Attach | Map | Unmap | Write | Prefetch | Repair | Discard
     | Lost | Met | Flush | ReportPage | ListObjects | GetStatistics | SyncLog | Goodbye
 )  # fmt: skip
 Reply = (
-    Done | Welcome | Found | Mapped | Count | Ranges | Handled | ObjectList | StatisticsReply | LogPlace | Failed | Told
-    | Elsewhere
+    Done | Welcome | Found | Mapped | Flushed | Losses | Count | Ranges | Handled | ObjectList | StatisticsReply | LogPlace
+    | Failed | Told | Elsewhere
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()
@@ -353,12 +388,14 @@ def decode_reply(data: bytes) -> Reply:
 
 
 def send(channel: socket.socket, message: Message, fds: Sequence[int] = ()) -> None:
-    """Send one message. Raises BlockingIOError, or OSError if the other end is gone."""
+    """Send one message. Raises ValueError if it is too long, BlockingIOError, or OSError if the other end is gone."""
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     try:
         packet = encode(message)
     except OverflowError:
         raise ValueError("a number of more than 64 bits: sizes, offsets, addresses and frames have at most 64") from None
+    if len(packet) > MESSAGE_LIMIT:
+        raise ValueError(f"{len(packet)} bytes are too long for a message ({MESSAGE_LIMIT}); choose a shorter name or text")
     channel.sendmsg([packet], ancillary, socket.MSG_NOSIGNAL)
 
 
@@ -444,7 +481,7 @@ def failed(error: Exception) -> Failed:
     kind = next((one.__name__ for one in type(error).__mro__ if one.__name__ in _KINDS), "RuntimeError")
     code = error.errno if isinstance(error, OSError) and error.errno else 0
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
-    return Failed(kind, code, text[:TEXT_LIMIT])
+    return Failed(kind, code, text[:TEXT_LIMIT].encode(errors="backslashreplace").decode())
 
 
 def error_of(message: Failed) -> Exception:
@@ -464,6 +501,11 @@ def error_of(message: Failed) -> Exception:
 
 
 # --- addresses
+
+
+def printable_path(path: str) -> str:
+    """A path as text that can be sent: bytes of it that are no UTF-8 are written as \\xNN, as in the names of objects."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def address_of(name: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from hwpoison.core.machine import Machine
+from hwpoison.core.machine import Machine, ShrunkError
 from tests.contract.rig import FileRig, Rig
 
 CONTENT = bytes(range(256)) * 256 + b"the end"
@@ -117,6 +117,17 @@ async def test_what_is_written_is_in_the_file_and_nothing_else_is_changed(rig: R
     expected[20_000:20_005] = b"b" * 5
     assert file.content() == expected
     assert bytes(await file.file.read(0, len(CONTENT))) == expected
+
+
+@pytest.mark.parametrize("nbytes", [0, 4096, 20_005])
+async def test_a_write_never_makes_a_file_longer(rig: Rig, nbytes: int) -> None:
+    file = rig.file(CONTENT)
+    file.truncate(nbytes)
+    for offset, length in ((20_000, 6), (nbytes, 1), (50_000, 4096)):
+        written = await file.file.write(offset, b"w" * length)
+        assert isinstance(written.error, ShrunkError)
+        assert written.before == written.after == await file.file.identity()
+    assert file.content() == CONTENT[:nbytes]
 
 
 async def test_what_cannot_be_written_is_an_error(rig: Rig) -> None:

@@ -24,9 +24,10 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.mark.live
-def test_the_example_prints_what_stands_below_it(tmp_path: Path) -> None:
-    (code,) = blocks("python")
-    (printed,) = blocks("")
+@pytest.mark.parametrize(
+    ("code", "printed"), [*zip(blocks("python"), blocks(""), strict=True)], ids=["one process", "several"]
+)
+def test_an_example_prints_what_stands_below_it(tmp_path: Path, code: str, printed: str) -> None:
     (tmp_path / "example.py").write_text(code)
 
     done = subprocess.run(
@@ -45,7 +46,7 @@ def test_the_session_runs_line_by_line_as_it_stands(tmp_path: Path) -> None:
     # Only what a reader does by taking a moment is added: a command that was sent to the background is ready first.
     ready = {
         "hwpoison serve": "until hwpoison status >/dev/null 2>&1; do sleep 0.05; done",
-        "python -c": "until hwpoison objects | grep -q '4 KiB'; do sleep 0.05; done",
+        "python -c": "until hwpoison objects | grep -q '8 KiB'; do sleep 0.05; done",
     }
     script = ["trap 'kill $(jobs -p); wait' EXIT"]
     for line in lines:
@@ -67,7 +68,8 @@ def test_the_session_runs_line_by_line_as_it_stands(tmp_path: Path) -> None:
     found = dict(zip(lines, map(int, statuses.read_text().split()), strict=True))
     assert {line.partition("#")[0].strip() for line, status in found.items() if status} == {
         "hwpoison inject t 0",
+        "hwpoison report --name t --offset 0x1000",
         "hwpoison status",
     }, (found, errors)
-    assert "recovery action for anonymous page: Recovered" in printed
+    assert printed.count("recovery action for anonymous page: Recovered") == 2
     assert "<hwpoison.Memory 't' anonymous 1048576 bytes" in printed

@@ -53,10 +53,12 @@ _NAMES: dict[int, str] = {
 """Those that a test can hold and fail. The kernel asks for attributes each time: nothing of them is valid for long."""
 _DONE = ("read", "write", "sync")
 _NO_REPLY = (Operation.FORGET, Operation.FORGET_MANY, Operation.INTERRUPT)
-_ENOSYS, _ENOENT = 38, 2
+_ENOSYS, _ENOENT, _EINVAL = 38, 2, 22
 _FILE = 2
 """The number of the only file; the root directory is 1."""
 _SIZE_IS_SET = 8
+_KEEP_CACHE = 2
+_READ_AHEAD = 128 << 10
 
 
 class Request(NamedTuple):
@@ -82,6 +84,7 @@ class Server:
         self.hold: set[str] = set()
         self.fail: dict[str, int] = {}
         self.pass_first = 0
+        self.refuse_direct = False
         self.waiting: list[Request] = []
         self.done: list[tuple[str, int, int]] = []
         self.fuse, self.mount = _mount()
@@ -107,6 +110,7 @@ class Server:
         self.hold = set(order.get("hold", self.hold))
         self.fail = order.get("fail", self.fail)
         self.pass_first = order.get("pass_first", self.pass_first)
+        self.refuse_direct = order.get("refuse_direct", self.refuse_direct)
         if "content" in order:
             self.content[:] = bytes.fromhex(order["content"])
             self.changed_ns = time.time_ns()
@@ -152,7 +156,7 @@ class Server:
             self.pass_first -= 1
         match request.operation:
             case Operation.INIT:
-                return struct.pack("IIIIHHIIHHI28x", 7, 31, 0, 0, 16, 16, 1 << 20, 1, 256, 0, 0), 0
+                return struct.pack("IIIIHHIIHHI28x", 7, 31, _READ_AHEAD, 0, 16, 16, 1 << 20, 1, 256, 0, 0), 0
             case Operation.LOOKUP:
                 if request.body != b"file\0":
                     return b"", _ENOENT
@@ -166,7 +170,9 @@ class Server:
                     self.changed_ns = time.time_ns()
                 return struct.pack("QII", 0, 0, 0) + self._attributes(request.node), 0
             case Operation.OPEN:
-                return struct.pack("QII", 0, 0, 0), 0
+                if self.refuse_direct and struct.unpack_from("I", request.body)[0] & os.O_DIRECT:
+                    return b"", _EINVAL
+                return struct.pack("QII", 0, _KEEP_CACHE if self.refuse_direct else 0, 0), 0
             case Operation.READ:
                 offset, nbytes = request.place
                 return bytes(self.content[offset : offset + nbytes]), 0
@@ -252,6 +258,10 @@ class SlowFile:
     def fail_after(self, count: int, **operations: int) -> None:
         """As `fail`, but let the first `count` of them through."""
         self._ask({"fail": operations, "pass_first": count})
+
+    def refuse_direct(self) -> None:
+        """From now on nobody can open it with O_DIRECT, and what the page cache has of it stays when it is opened."""
+        self._ask({"refuse_direct": True})
 
     def change(self, content: bytes) -> None:
         """Somebody else has changed the file."""

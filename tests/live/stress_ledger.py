@@ -56,7 +56,7 @@ class Ledger:
             "discard": self._revival,
             "error": self._error,
         }
-        for event in events.read(Path(place.path), after=self._last, instance=place.instance):
+        for event in events.read(Path(os.fsdecode(place.path)), after=self._last, instance=place.instance):
             self._last = event.id
             self.counts[event.kind] += 1
             assert event.kind in checks, f"nothing here should cause this: {event}"

@@ -146,7 +146,25 @@ def test_without_a_terminal_the_table_is_plain_text_and_the_managers_lines_go_to
     ] == [one[0] for one in EXPECTED]
     assert "\x1b" not in done.stdout
     assert f"All {len(EXPECTED)} as they should be" in done.stdout
+    assert "Recovered: the bad frame is isolated; the data is back, or its loss was told." in done.stdout
     assert {line.partition(":")[0] for line in done.stderr.splitlines()} == {"Memory failure"}
+
+
+def test_the_command_that_it_names_at_the_end_works_from_where_it_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    script = os.path.relpath(Path(sys.executable).parent / "hwpoison")
+    need(os.access(script, os.X_OK), "the command hwpoison beside the interpreter")
+    for command in ([script, "demo"], COMMAND):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=2 * SECONDS_MAX, check=True)
+        said = re.search(r"^(\d+) failures are in the event log \((.*)\):\s(.*)", done.stdout, re.MULTILINE | re.DOTALL)
+        assert said is not None, done.stdout
+        assert int(said[1]) > len(EXPECTED)
+        assert said[2].startswith("one was needed to prepare another")
+        arguments = said[3].split()
+        assert arguments[-1] == "log"
+        assert (script in arguments) == (command != COMMAND)
+        logged = subprocess.run([*arguments, "--json"], capture_output=True, text=True, timeout=SECONDS_MAX, check=True)
+        assert logged.stdout.count('"kind":"report"') >= int(said[1])
 
 
 @pytest.mark.parametrize("colours", [True, False])

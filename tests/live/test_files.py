@@ -105,6 +105,37 @@ def test_the_page_cache_does_not_grow_with_ours(how: str, manager: hwpoison.Mana
     assert path.read_bytes() == known(8 * MIB, 2 if how == "write" else 1)
 
 
+@pytest.mark.parametrize("offset", [1, 512, PAGE - 1])
+def test_the_page_cache_does_not_grow_with_an_object_that_begins_anywhere_in_a_file(
+    offset: int, manager: hwpoison.Manager, uncached: MakeFile
+) -> None:
+    path = uncached(8 * MIB)
+    memory = manager.open(path, offset=offset, nbytes=7 * MIB)
+    for page in random.Random(2).sample(range(1792), 100):
+        assert memory.buffer[page * PAGE] == known(8 * MIB)[offset + page * PAGE]
+    assert bytes(memory.buffer) == known(8 * MIB)[offset : offset + 7 * MIB]
+    rest = manager.open(path, offset=offset, name="to the end")
+    rest.prefetch()
+    assert bytes(rest.buffer) == known(8 * MIB)[offset:]
+    assert cached_pages(path) == 0
+
+
+@pytest.mark.parametrize("offset", [0, 1000])
+def test_where_a_file_system_cannot_read_past_the_page_cache_that_keeps_nothing_all_the_same(
+    offset: int, slow_file: MakeSlowFile, manager: hwpoison.Manager
+) -> None:
+    slow = slow_file(known(4 * MIB))
+    slow.refuse_direct()
+    with pytest.raises(OSError, match="Invalid argument"):
+        os.open(slow.path, os.O_RDONLY | os.O_DIRECT)
+    memory = manager.open(slow.path, offset=offset, name="slow")
+    for page in (0, 1, 2, 3, 500, 700, 900):
+        assert memory.buffer[page * PAGE] == known(4 * MIB)[offset + page * PAGE]
+        assert cached_pages(slow.path) == 0
+    assert bytes(memory.buffer) == known(4 * MIB)[offset:]
+    assert cached_pages(slow.path) == 0
+
+
 def test_the_page_cache_does_not_grow_when_an_unprivileged_user_reads_a_file_of_somebody_else(
     nobody: Callable[..., Child], request: pytest.FixtureRequest
 ) -> None:
@@ -381,6 +412,46 @@ def test_a_write_that_fails_is_told_and_the_content_is_kept_for_the_next_flush(
         assert slow.content == known(2 * PAGE, len(operation))
         assert manager.objects()[0].dirty == 0
     assert memory.lost() == []
+
+
+def test_a_flush_to_a_file_that_shrank_writes_nothing_and_keeps_the_changes_until_it_is_as_long_again(
+    manager: hwpoison.Manager, file: MakeFile
+) -> None:
+    path = file(16 * PAGE)
+    memory = manager.open(path, "r+")
+    memory.buffer[8 * PAGE : 8 * PAGE + 4] = b"mine"
+    os.truncate(path, PAGE)
+    for _ in range(2):
+        with pytest.raises(OSError, match=r"the file has shrunk to 4096 bytes.*in memory.*flush"):
+            memory.flush()
+        assert path.read_bytes() == known(PAGE)
+        assert manager.objects()[0].dirty == PAGE
+    with pytest.raises(PoisonError):
+        memory.read(4 * PAGE, 1)
+    with pytest.raises(OSError, match="has shrunk and holds nothing here"):
+        memory.discard()
+    assert memory.read(8 * PAGE, 4) == b"mine"
+    assert path.stat().st_size == PAGE
+    os.truncate(path, 16 * PAGE)
+    memory.flush()
+    assert path.read_bytes() == known(PAGE) + bytes(7 * PAGE) + b"mine" + known(16 * PAGE)[8 * PAGE + 4 : 9 * PAGE] + bytes(
+        7 * PAGE
+    )
+
+
+def test_changes_that_the_last_client_leaves_behind_and_that_cannot_be_written_are_in_the_event_log(file: MakeFile) -> None:
+    path = file(16 * PAGE)
+    with hwpoison.Manager() as manager:
+        memory = manager.open(path, "r+")
+        memory.buffer[8 * PAGE] ^= 1
+        os.truncate(path, PAGE)
+        with pytest.raises(OSError, match="the file has shrunk"):
+            memory.close()
+        wait_until(lambda: not manager.objects(), "the object is at its end")
+        details = [event.detail for event in manager.events() if event.kind == "error" and event.name == str(path)]
+    assert any("the file has shrunk to 4096 bytes" in detail for detail in details)
+    assert "4096 bytes of changes are lost" in details[-1]
+    assert path.read_bytes() == known(PAGE)
 
 
 WRITER = """

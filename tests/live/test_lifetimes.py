@@ -72,9 +72,9 @@ mapping = mmap.mmap(memory, found.nbytes)
 mapping.madvise(mmap.MADV_DONTFORK)
 address = syscalls.address_of(mapping)
 userfaultfd.register(opened.fd, address, found.nbytes, userfaultfd.MODE_MISSING)
-mapped, _ = ask(protocol.Map(found.object, address))
+mapped, _ = ask(protocol.Map(found.object, address, 1))
 assert isinstance(mapped, protocol.Mapped)
-say(ask(protocol.Lost(mapped.mapping))[0].ranges)
+say(ask(protocol.Lost(1))[0].ranges)
 hear()
 say([mapping[0], mapping[4096]])
 mapping[8192]
@@ -334,6 +334,71 @@ def answers(path: Path) -> bool:
     return True
 
 
+def said(server: subprocess.Popen[str], what: str) -> None:
+    """Its next line on standard error is that."""
+    assert server.stderr is not None
+    assert select.select([server.stderr], [], [], SECONDS_MAX)[0]
+    assert what in server.stderr.readline()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_shared_manager_that_is_told_to_end_serves_those_who_map_its_memory_until_they_have_gone(
+    tmp_path: Path, file: MakeFile, number: signal.Signals
+) -> None:
+    socket_path, path = tmp_path / "socket", file(64 * PAGE_SIZE)
+    code = """
+manager = hwpoison.connect(arguments[0])
+book, table = manager.open(arguments[1], "r+"), manager.allocate(1 << 20)
+book.buffer[0] = 1
+say()
+hear()
+say(table.buffer[12345])
+hear()
+book.buffer[5 * 4096] = 2
+say(table.nbytes)
+hear()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    with (
+        serve(socket_path) as server,
+        Child(code, str(socket_path), str(path)) as first,
+        Child(code, str(socket_path), str(path)) as second,
+    ):
+        said(server, "serves at")
+        first.hear()
+        second.hear()
+        server.send_signal(number)
+        said(server, "2 processes still map memory")
+        assert not answers(socket_path)
+        assert first.ask() == second.ask() == 0
+        wait_until(lambda: path.read_bytes()[0] == 1, "what was dirty is in the file")
+        with serve(socket_path) as successor:
+            assert first.ask() == second.ask() == 1 << 20
+            first.tell()
+            assert first.wait() == -signal.SIGKILL
+            assert server.poll() is None
+            second.tell()
+            assert server.wait(SECONDS_MAX) == 0, server.communicate()
+            assert path.read_bytes()[5 * PAGE_SIZE] == 2
+            with hwpoison.connect(str(socket_path), maps=False) as manager:
+                assert manager.pid == successor.pid
+
+
+def test_a_shared_manager_that_is_told_to_end_ends_when_its_last_memory_is_closed(tmp_path: Path) -> None:
+    with serve(tmp_path / "socket") as server:
+        manager = hwpoison.connect(str(tmp_path / "socket"))
+        said(server, "serves at")
+        first, second = manager.allocate(PAGE_SIZE), manager.allocate(PAGE_SIZE)
+        server.send_signal(signal.SIGTERM)
+        said(server, "1 process still maps memory")
+        first.close()
+        assert second.read(0, 1) == b"\0"
+        second.close()
+        # That is said with the next request, or when the connection is closed.
+        manager.close()
+        assert server.wait(SECONDS_MAX) == 0
+
+
 def test_a_shared_manager_that_is_ended_writes_back_what_its_clients_have_stored(tmp_path: Path, file: MakeFile) -> None:
     path = file(64 * PAGE_SIZE)
     with serve(tmp_path / "socket") as server:
@@ -341,6 +406,9 @@ def test_a_shared_manager_that_is_ended_writes_back_what_its_clients_have_stored
         book = manager.open(path, "r+")
         book.buffer[3 * PAGE_SIZE : 4 * PAGE_SIZE] = page("s")
         book.write(63 * PAGE_SIZE, page("w"))
+        said(server, "serves at")
+        server.send_signal(signal.SIGTERM)
+        said(server, "this stays until the last has gone; the same signal ends it at once")
         server.send_signal(signal.SIGTERM)
         assert server.wait(SECONDS_MAX) == 0
         with pytest.raises(ConnectionError):

@@ -89,7 +89,7 @@ manager = hwpoison.Manager()
 memory = manager.allocate(8192)
 memory.buffer[0] = 1
 assert memory.read(0, 1) == bytes([1])
-for attempt in (lambda: memory.read(0, 1), memory.lost, lambda: memory.buffer[0]):
+for attempt in (lambda: memory.read(0, 1), memory.lost, lambda: memory.on_failure(print), lambda: memory.buffer[0]):
     child = os.fork()
     if not child:
         try:
@@ -103,6 +103,6 @@ say(memory.buffer[0])
 manager.close()
 """
     with Child(code) as child:
-        assert [child.hear() for _ in range(3)] == [3, 3, -signal.SIGSEGV]
+        assert [child.hear() for _ in range(4)] == [3, 3, 3, -signal.SIGSEGV]
         assert child.hear() == 1
         assert child.wait() == 0

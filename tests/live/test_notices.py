@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import hwpoison
 from hwpoison.linux.syscalls import PAGE_SIZE
 from hwpoison.service.session import NOTICES_LIMIT
 from tests.live.process import Child
-from tests.support import wait_until
+from tests.support import SECONDS_MAX, wait_until
 
 pytestmark = pytest.mark.live
 
@@ -129,3 +130,30 @@ def test_an_owner_that_reads_late_is_not_told_of_losses_before_it_attached(
         assert told_up_to(expected[-1], slow, place) == [as_told(one) for one in expected]
         slow.tell()
         assert slow.wait() == 0
+
+
+def test_a_function_is_not_called_for_what_was_lost_before_it_was_registered_nor_for_another_object_of_the_name(
+    manager: hwpoison.Manager,
+) -> None:
+    entered, go_on, last = threading.Event(), threading.Event(), threading.Event()
+    slow = manager.allocate(PAGE_SIZE, "slow")
+    slow.on_failure(lambda _: (entered.set(), go_on.wait()))
+    slow.write(0, b"x")
+    strike(manager, slow, 0)
+    assert entered.wait(SECONDS_MAX)
+    # What happens now is read by the thread only later.
+    gone = manager.allocate(PAGE_SIZE, "table")
+    gone.write(0, b"x")
+    strike(manager, gone, 0)
+    gone.close()
+    table = manager.allocate(3 * PAGE_SIZE, "table")
+    table.buffer[:] = b"a" * table.nbytes
+    strike(manager, table, 0)
+    told: list[str] = []
+    table.on_failure(lambda notice: told.append(notice.event_id))
+    expected = [strike(manager, table, 1).event_id]
+    table.on_failure(lambda _: last.set())
+    expected.append(strike(manager, table, 2).event_id)
+    go_on.set()
+    assert last.wait(SECONDS_MAX)
+    assert told == expected

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests import without_userfaultfd
+from tests.live.process import Child
 from tests.support import SECONDS_MAX, need, wait_until
 
 pytestmark = pytest.mark.live
@@ -163,3 +165,41 @@ def test_without_userfaultfd_a_process_gets_no_memory_of_a_shared_manager_but_ma
         finally:
             if manager.poll() is None:
                 manager.kill()
+
+
+def test_an_ordinary_users_system_calls_work_on_pages_that_were_made_ready_as_the_readme_says(
+    nobody: Callable[..., Child],
+) -> None:
+    code = """
+open("book", "wb").write(bytes(range(256)) * 64)
+manager = hwpoison.Manager()
+say(manager.connection.user_mode)
+hear()
+source, writer = open("book", "rb"), os.pipe()[1]
+
+def tried(call):
+    try:
+        say(call())
+    except OSError as error:
+        say(-error.errno)
+
+for memory in (manager.allocate(16384, "t"), manager.open("book", "r+")):
+    reading = lambda: os.write(writer, memory.buffer[:8192])
+    writing = lambda: os.preadv(source.fileno(), [memory.buffer[:8192]], 0)
+    tried(reading)
+    memory.prefetch()
+    tried(reading)
+    if memory.kind == "file":
+        tried(writing)
+    for offset in range(0, 8192, 4096):
+        memory.buffer[offset] = 1
+    tried(writing)
+    say(memory.read(0, 8192) == bytes(range(256)) * 32)
+manager.close()
+"""
+    with nobody(code) as child:
+        need(child.hear(), "user mode for unprivileged processes: /dev/userfaultfd is open to them")
+        child.tell()
+        assert [child.hear() for _ in range(4)] == [-errno.EFAULT, 8192, 8192, True], "anonymous memory"
+        assert [child.hear() for _ in range(5)] == [-errno.EFAULT, 8192, -errno.EFAULT, 8192, True], "a file opened r+"
+        assert child.wait() == 0

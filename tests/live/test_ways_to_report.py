@@ -70,6 +70,24 @@ with hwpoison.Manager() as manager:
         assert child.wait() == 0
 
 
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ({}, "report needs one of"),
+        ({"name": "t", "offset": 0, "pfn": 1}, "report needs one of"),
+        ({"name": "t"}, "name needs offset"),
+        ({"address": 1}, "address needs pid"),
+        ({"name": "t", "offset": -1}, "offset -1: must be 0 or more"),
+        ({"physical": -1}, "physical -1: must be 0 or more"),
+    ],
+)
+def test_a_report_that_names_no_page_says_what_is_wrong(
+    manager: hwpoison.Manager, place: dict[str, object], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        manager.report(**place)
+
+
 def test_a_manager_to_which_nothing_has_happened_has_no_events(manager: hwpoison.Manager) -> None:
     assert list(manager.events()) == []
     manager.inject(manager.allocate(PAGE, name="t"), 0)

@@ -91,9 +91,10 @@ class RawClient:
         """The object's memory, mapped as it should be, and the mapping's number."""
         found, memory = self.found(message, fds)
         mapping, address = self.show(found, memory)
-        reply = self.ask(protocol.Map(found.object, address))
+        number = len(self.mappings)
+        reply = self.ask(protocol.Map(found.object, address, number))
         assert isinstance(reply, protocol.Mapped), reply
-        return mapping, reply.mapping
+        return mapping, number
 
     def close(self) -> None:
         """Go in order; a process that lives and has mappings is served on without its channels."""
@@ -128,7 +129,7 @@ def _between_found_and_map(path: str) -> None:
 def _with_map_unanswered(path: str) -> None:
     client = RawClient(path).hello()
     found, memory = client.found(protocol.Allocate(PAGE_SIZE, "vanishing"))
-    client.send(protocol.Map(found.object, client.show(found, memory)[1]))
+    client.send(protocol.Map(found.object, client.show(found, memory)[1], 1))
 
 
 def _with_write_unanswered(path: str) -> None:
@@ -148,7 +149,8 @@ def _with_unread_notices(path: str) -> None:
     client = RawClient(path).hello()
     mapping, _ = client.mapped(protocol.Allocate(PAGE_SIZE, "vanishing"))
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    client.ask(protocol.Listen(), (theirs.fileno(),))
+    client.send(protocol.Listen(), (theirs.fileno(),))
+    assert protocol.receive_reply(ours)[0] == protocol.Done()
     mapping[0] = 1
     client.ask(protocol.ReportPage(Report(name="vanishing", offset=0)))
     assert ours.recv(1, socket.MSG_PEEK)
@@ -186,7 +188,7 @@ def _with_dirty_pages(path: str) -> None:
 def _with_flush_unanswered(path: str) -> None:
     client, mapping, number = _file(path)
     dirty(mapping)
-    client.send(protocol.Flush(number))
+    client.send(protocol.Flush(number, 0))
 
 
 def dirty(memory: mmap.mmap | bytearray) -> bytes:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import select
 import signal
 import sqlite3
+import subprocess
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +17,7 @@ import pytest
 
 from hwpoison.core.records import Event
 from hwpoison.service.eventlog import EventLog
-from tests.service.command import assert_refused, next_line, run, started
+from tests.service.command import COMMAND, assert_refused, next_line, run, started, terminal
 from tests.support import SECONDS_MAX
 
 pytestmark = pytest.mark.usefixtures("log_path")
@@ -50,6 +53,18 @@ def test_log_prints_one_object_a_line_with_its_time_in_utc(log_path: Path) -> No
     assert abs(datetime.fromisoformat(time_of_event) - before).total_seconds() < SECONDS_MAX
 
 
+@pytest.mark.parametrize("arguments", [[], ["--json"], ["--follow"]])
+def test_a_log_that_nobody_can_read_is_an_error(log_path: Path, arguments: list[str]) -> None:
+    write_log(log_path, 1)
+
+    closed = ["sh", "-c", 'exec "$@" >&-', "sh", *COMMAND, "log", *arguments]
+    ended = subprocess.run(closed, stderr=subprocess.PIPE, text=True, timeout=SECONDS_MAX, check=False)
+
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("hwpoison log: standard output is closed")
+    assert ended.stderr.count("\n") == 1
+
+
 def test_log_selects_by_event_and_shows_the_last(log_path: Path) -> None:
     write_log(log_path, 1, 2, 3)
 
@@ -57,6 +72,36 @@ def test_log_selects_by_event_and_shows_the_last(log_path: Path) -> None:
     assert [line.split()[2] for line in run("log", "--event", "i-2").stdout.splitlines()] == ["i-2"]
     assert_refused(run("log", "--event", "i-9"), 2, str(log_path), "'i-9'")
     assert_refused(run("log", "--event", "i-9", "--json"), 2, "'i-9'")
+
+
+def test_log_selects_by_the_name_of_an_object(log_path: Path) -> None:
+    log = EventLog(log_path, "i")
+    for name in ("one", "other", "one"):
+        log.add(Event(kind="report", name=name))
+    log.close()
+
+    assert [json.loads(line)["id"] for line in run("log", "--name", "one", "--json").stdout.splitlines()] == [1, 3]
+    assert_refused(run("log", "--name", "none"), 2, str(log_path), "has the name 'none'")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "first"), [((), 10), (("--all",), 0), (("--limit", "2"), 58), (("--json",), 0), (("--event", "i-7"), 7)]
+)
+def test_on_a_terminal_the_last_events_are_shown_unless_others_are_asked_for(
+    log_path: Path, arguments: tuple[str, ...], first: int
+) -> None:
+    write_log(log_path, *range(60))
+    with terminal() as (ours, theirs):
+        with started("log", *arguments, stdout=theirs) as reading:
+            shown = b""
+            while select.select([ours], [], [], 0.01)[0] or reading.poll() is None:
+                if select.select([ours], [], [], 0)[0]:
+                    shown += os.read(ours, 1 << 16)
+            assert reading.stderr is not None
+            hint = reading.stderr.read()
+
+    assert re.search(rf"i-{first}\b", shown.decode().splitlines()[0])
+    assert hint == ("" if arguments else "hwpoison log: these are the last 50 events; --all shows all\n")
 
 
 def test_log_shows_one_byte_as_one(log_path: Path) -> None:

@@ -224,7 +224,7 @@ def test_no_fields_decode_to_anything_but_a_request_or_a_malformed_error(kind: s
 REQUESTS: list[protocol.Message] = [
     protocol.Allocate(PAGE_SIZE),
     protocol.Attach("witness"),
-    protocol.Map(1, PAGE_SIZE),
+    protocol.Map(1, PAGE_SIZE, 1),
     protocol.ReportPage(Report(name="witness", offset=0)),
     protocol.ListObjects(),
     protocol.SyncLog(),
@@ -362,7 +362,7 @@ def test_a_descriptor_that_cannot_back_an_object_as_asked_is_refused(client: Raw
 def test_a_mapping_where_none_can_be_is_refused(client: RawClient, address: int) -> None:
     found, memory = client.found(protocol.Allocate(2 * PAGE_SIZE))
     os.close(memory)
-    assert client.error(protocol.Map(found.object, address)) == "ValueError"
+    assert client.error(protocol.Map(found.object, address, 1)) == "ValueError"
 
 
 def test_a_mapping_over_another_one_takes_its_place_until_the_client_says_that_the_old_one_is_gone(
@@ -371,13 +371,13 @@ def test_a_mapping_over_another_one_takes_its_place_until_the_client_says_that_t
     found, memory = client.found(protocol.Allocate(2 * PAGE_SIZE))
     _, address = client.show(found, memory)
     numbers = []
-    for overlapping in (address, address - PAGE_SIZE, address, address + PAGE_SIZE):
-        mapped = client.ask(protocol.Map(found.object, overlapping))
-        assert isinstance(mapped, protocol.Mapped)
-        numbers.append(mapped.mapping)
+    for number, overlapping in enumerate((address, address - PAGE_SIZE, address, address + PAGE_SIZE)):
+        assert isinstance(client.ask(protocol.Map(found.object, overlapping, number)), protocol.Mapped)
+        assert client.error(protocol.Map(found.object, overlapping, number)) == "ValueError"
+        numbers.append(number)
         assert _listed(client, found.name).mappings == 1
     for number in numbers:
-        assert isinstance(client.ask(protocol.Flush(number)), protocol.Done)
+        assert isinstance(client.ask(protocol.Flush(number, 0)), protocol.Flushed)
         assert isinstance(client.ask(protocol.Unmap(number)), protocol.Done)
     reply = client.ask(protocol.ListObjects())
     assert isinstance(reply, protocol.ObjectList)
@@ -393,7 +393,7 @@ def _listed(client: RawClient, name: str) -> protocol.ObjectInfo:
 def test_only_an_object_that_was_given_to_the_client_can_be_mapped_by_it(client: RawClient) -> None:
     # The witness's object has the lowest number.
     for number in (*range(-1, 10), 1 << 63):
-        assert client.error(protocol.Map(number, 1 << 30)) == "ValueError"
+        assert client.error(protocol.Map(number, 1 << 30, 1)) == "ValueError"
 
 
 def test_a_client_uses_its_own_mappings_only(client: RawClient) -> None:
@@ -406,7 +406,7 @@ def test_a_client_uses_its_own_mappings_only(client: RawClient) -> None:
             protocol.Discard(number, 0, 1),
             protocol.Lost(number),
             protocol.Met(number, 0, 0),
-            protocol.Flush(number),
+            protocol.Flush(number, 0),
         ):
             assert client.error(request) == "ValueError"
 
@@ -521,6 +521,25 @@ def test_a_reply_that_is_larger_than_a_packet_arrives_whole() -> None:
         os.close(fds[0])
 
 
+def test_a_reply_that_cannot_be_said_is_answered_as_failed_and_the_channel_goes_on(tmp_path: Path) -> None:
+    script = "import sys; from hwpoison.service.daemon import serve; serve(sys.argv[1], memory_limit=1 << 70)"
+    path = str(tmp_path / "socket")
+    with subprocess.Popen([sys.executable, "-P", "-c", script, path], stderr=subprocess.PIPE, text=True) as process:
+        try:
+            wait_until(lambda: process.poll() is not None or _connects(path), "the manager serves")
+            client = RawClient(path).hello()
+            for _ in range(2):
+                assert client.error(protocol.GetStatistics()) == "RuntimeError"
+            assert client.ask(protocol.ListObjects()) == protocol.ObjectList([])
+            client.close()
+            process.terminate()
+            assert process.wait(SECONDS_MAX) == 0
+            assert process.stderr is not None
+            assert process.stderr.read().count("a defect in hwpoison: the reply to GetStatistics") == 2
+        finally:
+            process.kill()
+
+
 def test_a_client_that_reads_no_replies_loses_its_channel(client: RawClient) -> None:
     client.channel.setblocking(False)
     request = protocol.encode(protocol.GetStatistics())
@@ -539,7 +558,8 @@ def test_notices_of_losses_that_were_repaired_do_not_heap_up_for_a_client_that_d
     ours.settimeout(SECONDS_MAX)
     with ours:
         with theirs:
-            assert client.ask(protocol.Listen(), (theirs.fileno(),)) == protocol.Done()
+            client.send(protocol.Listen(), (theirs.fileno(),))
+            assert protocol.receive_reply(ours)[0] == protocol.Done()
         mapping[0] = mapping[PAGE_SIZE] = 1
         # The socket itself holds some hundreds; the rest waits in the manager.
         failures = []

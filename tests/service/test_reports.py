@@ -194,10 +194,26 @@ def test_inject_passes_on_that_action_is_required(table: hwpoison.Memory) -> Non
 @live
 @pytest.mark.parametrize(
     ("name", "offset", "word"),
-    [("nothing", 0, "no object 'nothing'"), ("table", 16 * PAGE, f"not within 'table', which ends at {16 * PAGE}")],
+    [
+        ("nothing", 0, "no object 'nothing'"),
+        ("table", 16 * PAGE, f"byte {16 * PAGE:#x} is not within 'table' ({16 * PAGE:#x} bytes)"),
+    ],
 )
 def test_inject_into_what_does_not_exist_is_status_2(table: hwpoison.Memory, name: str, offset: int, word: str) -> None:
     assert_refused(run("inject", name, offset), 2, word)
+    assert_refused(run("report", "--name", name, "--offset", offset), 2, word)
+
+
+@live
+def test_whoever_names_a_file_as_the_shell_does_is_told_the_name_of_its_object(
+    manager: hwpoison.Manager, tmp_path: Path
+) -> None:
+    path = tmp_path / "d.bin"
+    path.write_bytes(b"x" * PAGE)
+    manager.open(path)
+
+    words = f"there is no object 'd.bin'; a file's name is its absolute path: '{path}'"
+    assert_refused(run("inject", "d.bin", 0, cwd=tmp_path), 2, words)
 
 
 @live

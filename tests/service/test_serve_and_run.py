@@ -7,15 +7,28 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+import hwpoison
 from hwpoison.cli import COMMANDS, main
-from tests.service.command import COMMAND, assert_refused, bounded, document, next_line, run, serving, started, terminal
-from tests.support import SECONDS_MAX
+from tests.live.process import state_of
+from tests.service.command import (
+    COMMAND,
+    PAGE,
+    assert_refused,
+    bounded,
+    document,
+    next_line,
+    run,
+    serving,
+    started,
+    terminal,
+)
+from tests.support import SECONDS_MAX, wait_until
 
 pytestmark = pytest.mark.usefixtures("log_path")
 live = pytest.mark.live
@@ -131,6 +144,46 @@ def test_what_is_typed_at_a_terminal_reaches_the_command_once() -> None:
             assert shell.wait(SECONDS_MAX) == 0
 
 
+STOPPED = """if True:
+    # A shell without a terminal, whose job is stopped by its process id alone.
+    import os, subprocess, sys
+    job = subprocess.Popen([sys.executable, "-m", "hwpoison", "run", "--", *sys.argv[1:]], process_group=0)
+    print("job", job.pid, flush=True)
+    while True:
+        _, status = os.waitpid(job.pid, os.WUNTRACED)
+        if not os.WIFSTOPPED(status):
+            os._exit(os.waitstatus_to_exitcode(status))
+        print("stopped", flush=True)
+"""
+
+
+@live
+def test_run_stops_and_goes_on_together_with_its_command() -> None:
+    script = "import os; print('command', os.getpid(), flush=True)\n" + SIGNALLED
+    command = [sys.executable, "-c", STOPPED, sys.executable, "-c", script, "SIGUSR2"]
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, start_new_session=True) as shell, bounded(shell):
+        try:
+            pids = {what: int(pid) for what, pid in (next_line(shell).split() for _ in range(2))}
+            assert next_line(shell) == "ready"
+            for _ in range(3):
+                os.kill(pids["job"], signal.SIGTSTP)
+                assert next_line(shell) == "stopped"
+                assert (state_of(pids["job"]), state_of(pids["command"])) == ("T", "T")
+                os.kill(pids["job"], signal.SIGCONT)
+                wait_until(lambda: state_of(pids["command"]) != "T", "the command goes on")
+            os.kill(pids["job"], signal.SIGUSR2)
+            assert next_line(shell) == "SIGUSR2"
+            assert shell.wait(SECONDS_MAX) == 0
+        finally:
+            for pid in pids.values():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def test_run_needs_a_command_that_has_a_name() -> None:
+    assert_refused(run("run", ""), 2, "the command's name is empty")
+
+
 # --- a manager that is shared
 
 
@@ -148,6 +201,29 @@ def test_serve_serves_until_it_is_told_to_end(tmp_path: Path, number: signal.Sig
         assert server.stderr is not None
         assert server.stderr.read() == f"hwpoison serve: process {server.pid} serves at {path}\n"
     assert not path.exists()
+
+
+@live
+def test_a_socket_and_an_event_log_may_have_names_that_are_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / os.fsdecode(b"\xff")
+    folder.mkdir()
+    monkeypatch.setenv("HWPOISON_LOG", str(folder / "events.db"))
+    with serving(folder / "socket") as server:
+        with hwpoison.connect(str(folder / "socket")) as manager:
+            memory = manager.allocate(PAGE, "t")
+            memory.write(0, b"x")
+            event_id = manager.inject(memory, 0).event_id
+            assert {event.event_id for event in manager.events() if event.name == "t"} == {event_id}
+            found = document("status", "--socket", folder / "socket", status=1)
+            assert found["socket"] == str(tmp_path / r"\xff" / "socket")
+        server.terminate()
+        assert server.wait(SECONDS_MAX) == 0
+
+
+@pytest.mark.parametrize("limit", [0, PAGE - 1, 1 << 63, 1 << 70])
+def test_a_memory_limit_that_no_memory_can_have_is_refused_at_once(limit: int) -> None:
+    with pytest.raises(ValueError, match="memory_limit is in bytes"):
+        hwpoison.Manager(memory_limit=limit)
 
 
 @live

@@ -36,7 +36,8 @@ def lost_by(error: OSError, memories: Iterable[Memory]) -> list[Range]:
         return lost
     note = (
         f"hwpoison: the reason may be lost bytes ({', '.join(map(str, lost))}), or pages that are well but that a system "
-        "call can't reach in this process: not present, or not written to yet; prefetch(), read() and write() can reach them"
+        "call can't reach in this process: not present, or not written to yet; prefetch() what a call reads from, and store "
+        "a byte in every page that it writes into, or use Memory.write"
     )
     if note not in getattr(error, "__notes__", ()):
         error.add_note(note)
@@ -78,7 +79,8 @@ def _may_be_refused(memory: Memory) -> bool:
     if memory.kind == "file" and memory.writable:
         return True
     lost = memory.lost()
-    hole = next_hole(memory._fd, 0, memory.nbytes)
+    descriptor = memory.descriptor()
+    hole = next_hole(descriptor.number, 0, memory.nbytes)
     while hole is not None:
         begin, end = hole
         for one in lost:
@@ -86,5 +88,5 @@ def _may_be_refused(memory: Memory) -> bool:
                 begin = -(-(one.offset + one.nbytes) // PAGE_SIZE) * PAGE_SIZE
         if begin < end:
             return True
-        hole = next_hole(memory._fd, end, memory.nbytes)
+        hole = next_hole(descriptor.number, end, memory.nbytes)
     return False

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 class SafeView:
-    """A memory as one guard shows it: the live content, read-only. An access to lost bytes is an access to zeros, and is
-    recorded: the guard, or `check`, raises."""
+    """A memory as one guard shows it: the live content, read-only. Lost bytes read as zeros, and that is recorded: the end
+    of the guard, or `check`, raises. Use nothing that was computed from them before that."""
 
     __slots__ = ("_mark", "_view", "memory")
 
@@ -66,14 +66,20 @@ class SafeView:
 class guard:  # noqa: N801  (used as a function)
     """`with guard(memory) as safe:` or `with guard(one, other) as (safe_one, safe_other):`.
 
-    At its end it raises `PoisonError` if anybody met lost bytes through its views, also if the body raised an Exception:
-    then from that. KeyboardInterrupt, SystemExit and cancellation pass, with a note. Guards nest and run in several
-    threads; each instance is for one `with` at a time. A view must not be used after its guard: then it is a SIGBUS. If
-    a signal handler raises while a guard begins or ends, what it had not told yet is told by the next guard.
+    Lost bytes read as zeros in its views, until the block ends, which raises `PoisonError`, or `safe.check()` does. Nothing
+    that is computed from them leaves the block by a normal exit; use none of it (send, write, commit) before that. Outside
+    of guards nothing reads as zeros that were not there.
+
+    The block's end raises if anybody met lost bytes through the views, also if the body raised an Exception: then from
+    that. KeyboardInterrupt, SystemExit and cancellation pass, with a note. Guards nest and run in several threads; each
+    instance is for one `with` at a time. A view must not be used after its guard: lost bytes are a SIGBUS then, or zeros
+    while another guard is open on that memory, which tells of them. If a signal handler raises while a guard begins or
+    ends, what it had not told yet is told by the next guard.
 
     An OSError with EFAULT becomes a `PoisonError` of lost bytes of the memories if they can be the reason and nothing else
-    of managed memory can. If others can too (in user mode a system call gets EFAULT also for pages that are not present),
-    the OSError passes with a note that names the lost bytes; if lost bytes can't be the reason, it passes as it is.
+    of managed memory can. If others can too (in user mode a system call gets EFAULT also for pages that are not present,
+    or not written to yet), the OSError passes with a note that names the lost bytes; if lost bytes can't be the reason, it
+    passes as it is.
     """
 
     __slots__ = ("_memories", "_visits")
@@ -82,7 +88,7 @@ class guard:  # noqa: N801  (used as a function)
         if not memories:
             raise ValueError("guard() needs at least one memory")
         for memory in memories:
-            if not hasattr(memory, "guarded_view"):
+            if not hasattr(memory, "visit"):
                 raise TypeError(f"guard() takes memories of a manager, not {type(memory).__name__}")
         self._memories = memories
         self._visits: list[Visit] = []
@@ -93,8 +99,8 @@ class guard:  # noqa: N801  (used as a function)
             self._end()
             views = []
             for memory in self._memories:
-                view = memory.guarded_view()
-                self._visits.append(view.enter())
+                view, visit = memory.visit()
+                self._visits.append(visit)
                 views.append(SafeView(memory, view, self._visits[-1].mark))
             return views[0] if len(views) == 1 else tuple(views)
         except BaseException:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import errno
 import fcntl
-import operator
 import os
 import socket
 import subprocess
@@ -16,12 +15,14 @@ import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from socket import AF_UNIX, SOCK_SEQPACKET
 from types import TracebackType
 from typing import Literal, Self
 
 from hwpoison import events as event_log
 from hwpoison import protocol
-from hwpoison.app.connection import Connection
+from hwpoison.app.checking import not_negative, whole
+from hwpoison.app.connection import Connection, Descriptor
 from hwpoison.app.memory import Memory
 from hwpoison.app.notices import Notices
 from hwpoison.core.records import Failure, Report, Source
@@ -30,6 +31,11 @@ from hwpoison.linux.syscalls import PAGE_SIZE
 from hwpoison.linux.userfaultfd import NO_FEATURE, Feature, open_userfaultfd
 
 SOCKET_VARIABLE = "HWPOISON_SOCKET"
+
+Socket = socket.socket
+"""Where `socket` is the name of something else."""
+MEMORY_LIMIT_MAX = (1 << 63) - 1
+"""Bytes: the most that can be said in a message."""
 
 
 _managers: weakref.WeakSet[BaseManager] = weakref.WeakSet()
@@ -58,7 +64,7 @@ class BaseManager:
 
     def allocate(self, nbytes: int, name: str | None = None) -> Memory:
         """Anonymous memory, all zeros. Raises ValueError, FileExistsError (the name), MemoryError (the limit)."""
-        return self._memory(protocol.Allocate(operator.index(nbytes), _checked_name(name)))
+        return self._memory(protocol.Allocate(whole("nbytes", nbytes), _checked_name(name)))
 
     def open(
         self,
@@ -85,8 +91,8 @@ class BaseManager:
             checked_file(fd, os.fspath(path))
             message = protocol.Open(
                 _checked_name(name) or os.fsencode(os.path.abspath(path)).decode("utf-8", "backslashreplace"),
-                operator.index(offset),
-                None if nbytes is None else operator.index(nbytes),
+                whole("offset", offset),
+                None if nbytes is None else whole("nbytes", nbytes),
                 mode == "r+",
             )
             return self._memory(message, [fd])
@@ -98,25 +104,32 @@ class BaseManager:
         return self._memory(protocol.Attach(_checked_name(name) or ""))
 
     def _memory(self, message: protocol.Message, fds: list[int] | None = None) -> Memory:
+        # Until it is mapped, the manager holds it for us, and gives it up when the channel ends.
+        channel = self.connection.take_channel()
+        memory = None
         try:
-            found, memory_fds = self.connection.request_fds(message, protocol.Found, fds)
-        except protocol.NoDescriptorError as error:
-            # The manager has made it and holds it for us.
-            missed = protocol.decode_reply(error.packet)
-            if isinstance(missed, protocol.Found):
-                self.connection.request(protocol.Release(missed.object), protocol.Done)
-            raise
-        try:
-            memory = Memory(self, found, memory_fds[0])
+            memory = self._mapped(channel, message, fds)
+            self.connection.give_back(channel)
+            self._memories.append(memory)
         except BaseException:
-            os.close(memory_fds[0])
-            with suppress(OSError, ValueError):
-                self.connection.request(protocol.Release(found.object), protocol.Done)
+            if memory is None:
+                channel.close()
+            else:
+                with suppress(ValueError):
+                    self._memories.remove(memory)
             raise
-        self._memories.append(memory)
         return memory
 
-    def forget(self, memory: Memory) -> None:
+    def _mapped(self, channel: Socket, message: protocol.Message, fds: list[int] | None) -> Memory:
+        memory_fds: list[int] = []
+        try:
+            found, memory_fds = self.connection.ask(channel, message, protocol.Found, fds)
+            return Memory(self, found, Descriptor(memory_fds.pop()), channel)
+        finally:
+            for fd in memory_fds:
+                os.close(fd)
+
+    def _forget(self, memory: Memory) -> None:
         """It was closed."""
         self.notices.forget(memory)
         with suppress(ValueError):
@@ -127,9 +140,12 @@ class BaseManager:
     def inject(self, memory: str | Memory, offset: int, action_required: bool = False) -> Failure:
         """A simulated failure of the page at byte `offset`: handled as a real one, but no hardware is blamed.
 
-        Raises FileNotFoundError for an unknown name, ValueError for an offset outside.
+        Returns the handling: `event_id` (of its events in the log), `state` (what the page was), `outcome`, `victims`
+        (process ids of those whose data is gone), `latency_us` (from the report to the outcome), `name`, `offset` and
+        `nbytes` of what failed, `reason` (where there is more to say) and `already_poisoned`. Raises FileNotFoundError for
+        an unknown name, ValueError for an offset outside.
         """
-        offset = operator.index(offset)
+        offset = not_negative("offset", offset)
         return self._report(
             Report(name=_name(memory), offset=offset, source=Source.INJECTED, action_required=action_required)
         )
@@ -149,16 +165,19 @@ class BaseManager:
         """A real failure: a page is bad, named by `name` and `offset`, `pfn`, `physical` (an address), or `pid` and
         `address`. `source` says who found it; `action_required`: somebody has touched it.
 
-        Raises ValueError for none or several ways, PermissionError for frames where the manager is not root.
+        Returns what `inject` does; a page that is not the manager's is Ignored. Raises ValueError for none or several ways,
+        PermissionError for frames where the manager is not root.
         """
-        ways = [
-            name is not None or offset is not None,
-            pfn is not None,
-            physical is not None,
-            pid is not None or address is not None,
-        ]
-        complete = (name is None) == (offset is None) and (pid is None) == (address is None)
-        if sum(ways) != 1 or not complete:
+        pairs = {"name": (name, "offset", offset), "pid": (pid, "address", address)}
+        for first, (value, second, other) in pairs.items():
+            if (value is None) != (other is None):
+                raise ValueError(f"{first} needs {second}" if other is None else f"{second} needs {first}")
+        for what, number in {"offset": offset, "pfn": pfn, "physical": physical, "pid": pid, "address": address}.items():
+            if number is not None:
+                not_negative(what, number)
+        if not isinstance(source, str):
+            raise TypeError(f"source is a str, not {type(source).__name__}")
+        if [name, pfn, physical, pid].count(None) != 3:
             raise ValueError("report needs one of: name and offset, pfn=, physical=, pid= and address=")
         if source == Source.INJECTED:
             raise ValueError(f"source {source!r} is for simulated failures; use inject()")
@@ -182,18 +201,18 @@ class BaseManager:
     # --- what is and what was
 
     def objects(self) -> list[protocol.ObjectInfo]:
-        """All objects of the manager, sizes in bytes."""
+        """All objects of the manager; see `ObjectInfo`."""
         return self.connection.request(protocol.ListObjects(), protocol.ObjectList).objects
 
     def statistics(self) -> protocol.Statistics:
-        """What has happened since the manager started, sizes in bytes."""
+        """What has happened since the manager started; see `Statistics`."""
         return self.connection.request(protocol.GetStatistics(), protocol.StatisticsReply).statistics
 
     def events(self) -> Iterator[event_log.LoggedEvent]:
-        """This manager's events, in order, from the log."""
+        """This manager's events, in order, from the log; see `LoggedEvent`."""
         place = self.connection.request(protocol.SyncLog(), protocol.LogPlace)
         try:
-            return event_log.read(Path(place.path), instance=place.instance)
+            return event_log.read(Path(os.fsdecode(place.path)), instance=place.instance)
         except FileNotFoundError:
             # The manager writes it with the first event.
             return iter(())
@@ -202,11 +221,11 @@ class BaseManager:
 
     def close(self) -> None:
         """Flush and unmap all memories. Those that still have views stay, and so does the manager; a ResourceWarning
-        names them."""
+        names them. Raises what `flush` raises: the first error, with notes that name the memories of others."""
         if self.connection.closed:
             return
         kept = []
-        errors: list[Exception] = []
+        errors: list[tuple[str, OSError]] = []
         for memory in list(self._memories):
             try:
                 memory.close()
@@ -215,9 +234,9 @@ class BaseManager:
                 try:
                     memory.flush()
                 except OSError as error:
-                    errors.append(error)
+                    errors.append((memory.name, error))
             except OSError as error:
-                errors.append(error)
+                errors.append((memory.name, error))
         if kept:
             warnings.warn(f"still in use, kept by their views: {', '.join(kept)}", ResourceWarning, stacklevel=3)
             atexit.register(self.connection.abandon)
@@ -225,7 +244,10 @@ class BaseManager:
             self.notices.close()
             self.connection.close()
         if errors:
-            raise errors[0]
+            first, *others = errors
+            for name, other in others:
+                first[1].add_note(f"hwpoison: and of {name!r}: {other}")
+            raise first[1]
 
     def __enter__(self) -> Self:
         return self
@@ -244,21 +266,27 @@ def _checked_name(name: str | None) -> str | None:
 
 
 def _name(memory: str | Memory) -> str:
+    if not isinstance(memory, (str, Memory)):
+        raise TypeError(f"a memory, or the name of an object as a str, not {type(memory).__name__}")
     return memory if isinstance(memory, str) else memory.name
 
 
 class Manager(BaseManager):
     """A private manager process, for this process and those that it tells `socket`.
 
-    `memory_limit` (bytes): drop clean file pages to stay within it. `offline_foreign` (root): hand reports on frames that
-    are not managed to the kernel. Raises `UnsupportedError` where userfaultfd can't be had, saying what to do.
+    `memory_limit` (bytes) is for everything that the manager holds: anonymous memory counts in full and is never dropped,
+    pages of files share what is left. `offline_foreign` (root): hand reports on frames that are not managed to the kernel.
+    `without`: features of userfaultfd to do without as an older kernel must, for tests. Raises `UnsupportedError` where
+    userfaultfd can't be had, saying what to do.
     """
 
     def __init__(
         self, *, memory_limit: int | None = None, offline_foreign: bool = False, without: Feature = NO_FEATURE
     ) -> None:
-        if memory_limit is not None and operator.index(memory_limit) < PAGE_SIZE:
-            raise ValueError(f"memory_limit is in bytes and at least one page ({PAGE_SIZE}), not {memory_limit}")
+        if memory_limit is not None and not PAGE_SIZE <= whole("memory_limit", memory_limit) <= MEMORY_LIMIT_MAX:
+            raise ValueError(
+                f"memory_limit is in bytes, from one page ({PAGE_SIZE}) to {MEMORY_LIMIT_MAX}, and not {memory_limit}"
+            )
         if offline_foreign and os.geteuid():
             raise PermissionError("offline_foreign needs root: the kernel's hard offline does")
         # Where it can't be had, nothing is started: a manager that is killed early may leave its keeper for a while.
@@ -322,24 +350,46 @@ class SharedManager(BaseManager):
     """A manager that others use too; made by `connect`."""
 
 
-def connect(socket_name: str | None = None, *, maps: bool = True) -> SharedManager:
-    """The manager at `socket_name`, by default at `$HWPOISON_SOCKET`.
+def connect(socket: str | os.PathLike[str] | None = None, *, maps: bool = True) -> SharedManager:
+    """The manager at `socket` (a path, or an abstract name that begins with @), by default at `$HWPOISON_SOCKET`.
 
-    `maps=False` is for tools that only ask and report: no userfaultfd is needed. Raises ConnectionError.
+    `maps=False` is for tools that only ask and report: no userfaultfd is needed. Raises ConnectionError, and PermissionError
+    if it is another user's.
     """
-    socket_name = socket_name or os.environ.get(SOCKET_VARIABLE)
+    if socket is not None and not isinstance(socket, (str, os.PathLike)):
+        raise TypeError(f"a manager's socket is a str or a path, not {type(socket).__name__}")
+    socket_name = os.fspath(socket or "") or os.environ.get(SOCKET_VARIABLE)
     if not socket_name:
         raise ConnectionError(f"no manager is named: pass its socket, or set {SOCKET_VARIABLE} (hwpoison run does)")
+    if not isinstance(socket_name, str):
+        raise TypeError(f"a manager's socket is a path of str, not of {type(socket_name).__name__}")
+    if "\0" in socket_name:
+        raise ValueError(f"a manager's socket has no NUL in its name: {socket_name!r}")
     if not socket_name.startswith("@"):
         socket_name = os.path.abspath(socket_name)
-    channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    channel = Socket(AF_UNIX, SOCK_SEQPACKET)
     try:
         channel.connect(protocol.address_of(socket_name))
+    except PermissionError as error:
+        channel.close()
+        raise PermissionError(error.errno, _whose(socket_name)) from error
     except OSError as error:
         channel.close()
         why = f"no manager serves at {socket_name}: {error.strerror or error}; start one with hwpoison serve"
         raise ConnectionError(error.errno or errno.EINVAL, why) from error
     return SharedManager(Connection(channel, socket_name, maps=maps))
+
+
+def _whose(socket_name: str) -> str:
+    """Why it can't be had."""
+    try:
+        owner = Path(socket_name).stat().st_uid
+    except OSError:
+        return f"the socket {socket_name} is in a folder that user {os.geteuid()} has no access to; ask whose it is"
+    return (
+        f"the manager at {socket_name} is that of user {owner}: it serves that user and root, not user {os.geteuid()}; "
+        "start one of your own with hwpoison serve"
+    )
 
 
 _shared: list[SharedManager] = []

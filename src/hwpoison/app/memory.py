@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import socket
 import threading
 import weakref
 from collections.abc import Callable
@@ -16,7 +17,9 @@ import numpy
 import numpy.typing
 
 from hwpoison import protocol
-from hwpoison.app.view import GuardedView, array_over
+from hwpoison.app.checking import whole
+from hwpoison.app.connection import Descriptor, Reply, Watch
+from hwpoison.app.view import GuardedView, Visit, array_over, memory_of
 from hwpoison.core.machine import Content
 from hwpoison.core.records import Notice
 from hwpoison.errors import PoisonError, Range
@@ -28,8 +31,8 @@ if TYPE_CHECKING:
     from hwpoison.app.notices import Handle
 
 
-_mapped: dict[object, tuple[int, int]] = {}
-"""Address and size of every mapping of this process, by a key of its own: addresses are used again."""
+_mapped: dict[Watch, tuple[int, int]] = {}
+"""Address and size of every mapping of this process."""
 
 
 _memories: weakref.WeakValueDictionary[int, Memory] = weakref.WeakValueDictionary()
@@ -43,7 +46,10 @@ def all_memories() -> list[Memory]:
 
 def _fence_in_child() -> None:
     """A forked child has none of the mappings. Nothing else may come to their addresses: views of them would show it."""
-    for address, nbytes in _mapped.values():
+    for watch, (address, nbytes) in _mapped.items():
+        mapping = watch()
+        if mapping is None or mapping.closed:
+            continue  # There is something else by now.
         with suppress(OSError):
             syscalls.fence(address, nbytes)
 
@@ -56,23 +62,33 @@ class Memory:
 
     `name`, `nbytes`, `kind` ("anonymous" or "file"), `writable` and `address` (of the mapping) are what they say. An
     access through `buffer` or `array` to bytes that are lost is a SIGBUS; `read`, `write` and `guard` raise `PoisonError`.
+
+    The object lives as long as a process has it open. With the last one it is gone: anonymous memory is freed, changes to
+    a file are written back. They are written at `flush` and `close` too, and at any time under a memory limit, in no
+    particular order. In a forked child an ordinary view is a SIGSEGV, and all else a ConnectionError.
     """
 
-    def __init__(self, manager: BaseManager, found: protocol.Found, fd: int) -> None:
+    def __init__(self, manager: BaseManager, found: protocol.Found, descriptor: Descriptor, channel: socket.socket) -> None:
         self._manager = manager
         self._connection = manager.connection
         self._found = found
-        self._fd = fd
+        self._descriptor: Descriptor | None = descriptor
+        self.object_number = found.object
         self.name = found.name
         self.nbytes = found.nbytes
         self.kind = found.kind
         self.writable = found.writable
         self._mapping = self._map(guarded=False)
         self.address = syscalls.address_of(self._mapping)
-        self._number = self._register(self._mapping, guarded=False).mapping
+        self._number, mapped = self._register(self._mapping, guarded=False, channel=channel)
+        self._errors = mapped.errors
+        """How many errors of the object had happened when this handle was last told of them."""
         self._guarded: GuardedView | None = None
-        self._lock = threading.Lock()
+        # Not for more than to make a view, to begin to use it, or to unmap: a signal handler may do that too.
+        self._lock = threading.RLock()
         self.closed = False
+        self._unfinished = [True]
+        """What `close` has to do after it has unmapped, for the one who takes it from here."""
         _memories[id(self)] = self
 
     # --- mapping
@@ -84,7 +100,7 @@ class Memory:
         flags = mmap.MAP_PRIVATE if private else mmap.MAP_SHARED
         protection = mmap.PROT_READ if private else mmap.PROT_READ | mmap.PROT_WRITE
         nbytes = -(-self.nbytes // PAGE_SIZE) * PAGE_SIZE
-        mapping = mmap.mmap(self._fd, nbytes, flags, protection)
+        mapping = mmap.mmap(self.descriptor().number, nbytes, flags, protection)
         # A child would see absent pages as zeros, for everybody: it gets no mapping.
         mapping.madvise(mmap.MADV_DONTFORK)
         # A page within a large frame can't be isolated alone.
@@ -95,40 +111,69 @@ class Memory:
                 raise
         return mapping
 
-    def _register(self, mapping: mmap.mmap, *, guarded: bool) -> protocol.Mapped:
-        """Register it, and only then let the manager, and then anybody, know of it."""
-        opened = self._connection.userfaultfd
-        assert opened is not None
+    def _register(
+        self, mapping: mmap.mmap, *, guarded: bool, channel: socket.socket | None = None
+    ) -> tuple[int, protocol.Mapped]:
+        """Register it, and only then let the manager, and then anybody, know of it. Its number, and the reply."""
+        opened = self._connection.descriptor
+        if opened is None:
+            raise ValueError(f"memory {self.name!r} is closed")
         address = syscalls.address_of(mapping)
         protect = self._found.protect and not guarded
         mode = userfaultfd.MODE_MISSING | (userfaultfd.MODE_WRITE_PROTECT if protect else 0)
-        userfaultfd.register(opened.fd, address, len(mapping), mode)
+        userfaultfd.register(opened.number, address, len(mapping), mode)
         if protect:
-            userfaultfd.protect(opened.fd, address, len(mapping), on=True)
-        mapped = self._connection.request(protocol.Map(self._found.object, address, guarded), protocol.Mapped)
-        self._connection.watch_mapping(mapping, mapped.mapping)
-        key = object()
-        _mapped[key] = address, len(mapping)
-        weakref.finalize(mapping, _mapped.pop, key, None).atexit = False
-        return mapped
+            userfaultfd.protect(opened.number, address, len(mapping), on=True)
+        _mapped[Watch(mapping, _mapped.pop)] = address, len(mapping)
+        # Before it is known: if this is interrupted, the manager may know it and we may not.
+        number = self._connection.watch_mapping(mapping)
+        request = protocol.Map(self._found.object, address, number, guarded)
+        if channel is None:
+            return number, self._ask(request, protocol.Mapped)
+        return number, self._connection.ask(channel, request, protocol.Mapped)[0]
 
     def guarded_view(self) -> GuardedView:
-        """The second view of this memory, made at its first use and kept. For `hwpoison.guard`."""
+        """The second view of this memory, made at its first use and kept."""
+        # Before the lock: in a forked child it may be held by a thread that only the parent has.
+        self._check_open()
+        self._connection.check()
         with self._lock:
-            self._check_open()
-            if self._guarded is None:
+            view = self._guarded
+            if view is None:
                 mapping = self._map(guarded=True)
-                mapped = self._register(mapping, guarded=True)
-                self._guarded = GuardedView(self._connection, mapping, mapped, self.name, self.nbytes)
-            return self._guarded
+                number, mapped = self._register(mapping, guarded=True)
+                view = GuardedView(self._connection, mapping, number, mapped.slot, self.name, self.nbytes)
+            # What makes a view waits for the manager: a signal handler may have closed all meanwhile.
+            self._check_open()
+            self._guarded = view
+            return view
+
+    def visit(self, *, tells: bool = True) -> tuple[GuardedView, Visit]:
+        """The guarded view and a stay in it, during which nobody closes it. For `hwpoison.guard`."""
+        self._connection.check()
+        with self._lock:
+            view = self.guarded_view()
+            return view, view.enter(tells=tells)
+
+    def descriptor(self) -> Descriptor:
+        """The object's memory: hold this while the number is used. Raises ValueError if it is closed."""
+        descriptor = self._descriptor
+        if descriptor is None:
+            raise ValueError(f"memory {self.name!r} is closed")
+        return descriptor
 
     # --- views
 
     @property
     def buffer(self) -> memoryview:
-        """The mapping itself, `nbytes` long; writable unless the memory is a file opened "r"."""
+        """The mapping itself, `nbytes` long; writable unless the memory is a file opened "r".
+
+        System calls in user mode (see `hwpoison doctor`) get EFAULT for pages that the manager would have to be asked about.
+        Before one that reads from the memory, `prefetch` it. Before one that writes into it, store a byte in every page, or
+        use `write`.
+        """
         self._check_open()
-        return memoryview(self._mapping)[: self.nbytes]
+        return memory_of(self._mapping, self.name)[: self.nbytes]
 
     def array(
         self,
@@ -140,7 +185,7 @@ class Memory:
     ) -> numpy.ndarray[Any, Any]:
         """A numpy array over the same bytes from byte `offset` on; `shape` None: as many items as there are.
 
-        Raises ValueError where the bytes do not suffice.
+        Raises ValueError where the bytes do not suffice. What `buffer` says of system calls is true of it too.
         """
         return array_over(self.buffer, dtype, shape, offset, order)
 
@@ -148,9 +193,8 @@ class Memory:
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """A copy of bytes. Raises PoisonError, naming all that is lost of them; ValueError outside the memory."""
-        self._check_range(offset, nbytes)
-        view = self.guarded_view()
-        visit = view.enter(tells=False)
+        offset, nbytes = self._checked_range(offset, nbytes)
+        view, visit = self.visit(tells=False)
         try:
             content = bytes(view.buffer[offset : offset + nbytes])
         finally:
@@ -170,7 +214,7 @@ class Memory:
         PermissionError if it is read-only. Pages that are lost while this writes are told by PoisonError too.
         """
         view = memoryview(data).cast("B")
-        self._check_range(offset, len(view))
+        offset, _ = self._checked_range(offset, len(view))
         if not self.writable:
             raise PermissionError(errno.EACCES, f"{self.name!r} is open read-only; open it with mode 'r+'")
         # Pieces begin at pages, so that a page is never covered by two of them. The manager refuses a piece whole.
@@ -184,7 +228,7 @@ class Memory:
                 raise PoisonError(refused)
         for start, end in zip(pieces, [*pieces[1:], offset + len(view)], strict=True):
             data = bytes(view[start - offset : end - offset])
-            self._connection.request(protocol.Write(self._number, start, data), protocol.Done)
+            self._ask(protocol.Write(self._number, start, data), protocol.Done)
 
     def _lost_in_part(self, offset: int, nbytes: int) -> list[Range]:
         """The lost pages that the range covers, but not whole: its first or its last page."""
@@ -202,8 +246,8 @@ class Memory:
 
         A hint: what does not fit into the manager's memory limit, or can't be read, is left for its first access.
         """
-        nbytes = self._rest(offset, nbytes)
-        self._connection.request(protocol.Prefetch(self._number, offset, nbytes), protocol.Done)
+        offset, nbytes = self._checked_range(offset, nbytes)
+        self._ask(protocol.Prefetch(self._number, offset, nbytes), protocol.Done)
 
     def flush(self) -> None:
         """Write changes to the file and wait until they are on the disk. Nothing to do for anonymous memory.
@@ -211,14 +255,28 @@ class Memory:
         Raises OSError exactly once for changes that were lost or could not be written: EIO, or the file system's reason.
         """
         self._check_open()
-        self._connection.request(protocol.Flush(self._number), protocol.Done)
+        self._tell(self._ask(protocol.Flush(self._number, self._errors), protocol.Flushed))
+
+    def _tell(self, reply: protocol.Flushed) -> None:
+        """Raise what is new in it. Until it is raised, the manager says it again."""
+        if reply.failed is None:
+            return
+        with self._lock:
+            if reply.errors <= self._errors:
+                return  # Another thread's flush has told it.
+            try:
+                raise protocol.error_of(reply.failed)
+            except OSError:
+                # Now even what a signal handler raises has the error as its context.
+                self._errors = reply.errors
+                raise
 
     # --- losses
 
     def lost(self) -> list[Range]:
         """The ranges that are lost, whole pages, by offset."""
         self._check_open()
-        reply = self._connection.request(protocol.Lost(self._number), protocol.Ranges)
+        reply = self._ask(protocol.Lost(self._number), protocol.Ranges)
         return [Range(self.name, *one) for one in reply.ranges]
 
     def repair(self, offset: int, data: Content) -> int:
@@ -228,7 +286,7 @@ class Memory:
         PermissionError if the memory is read-only.
         """
         view = memoryview(data).cast("B")
-        self._check_range(offset, len(view))
+        offset, _ = self._checked_range(offset, len(view))
         end = offset + len(view)
         if len(view) and (offset % PAGE_SIZE or (end % PAGE_SIZE and end != self.nbytes)):
             # The manager says so too, but it gets the data in pieces: none must be repaired before the last is refused.
@@ -240,23 +298,27 @@ class Memory:
         for start in range(0, len(view), protocol.DATA_LIMIT):
             piece = bytes(view[start : start + protocol.DATA_LIMIT])
             request = protocol.Repair(self._number, offset + start, piece)
-            repaired += self._connection.request(request, protocol.Count).nbytes
+            repaired += self._ask(request, protocol.Count).nbytes
         return repaired
 
     def discard(self, offset: int = 0, nbytes: int | None = None) -> int:
-        """Give up lost pages: they get zeros, or what the file holds now. Returns the bytes discarded.
+        """Give up every lost page that the range touches, whole: zeros, or what the file holds now. Returns the bytes
+        discarded.
 
         Pages that are not lost stay as they are. Raises OSError if the file can't be read.
         """
-        nbytes = self._rest(offset, nbytes)
-        return self._connection.request(protocol.Discard(self._number, offset, nbytes), protocol.Count).nbytes
+        offset, nbytes = self._checked_range(offset, nbytes)
+        return self._ask(protocol.Discard(self._number, offset, nbytes), protocol.Count).nbytes
 
     def on_failure(self, function: Callable[[Notice], object]) -> Handle:
         """Call `function` with a `Notice` for each loss from now on, in order, on the thread "hwpoison-notices".
 
+        A notice has the `name` of the object, `offset` and `nbytes` of what is lost, the `state` that the page was in and
+        the `outcome`, the `event_id` of the failure in the event log, and a `reason` where there is more to say.
+
         Each loss is told once, however slow the function is. But where more than 1,000 notices wait for it, those of losses
         that have been repaired or discarded meanwhile may be left out; they are in `events()`. The function's exceptions go
-        to the logger "hwpoison". Returns a handle with `cancel()`.
+        to the logger "hwpoison". Returns a handle with `cancel()`. Raises ConnectionError in a forked child.
         """
         self._check_open()
         if not callable(function):
@@ -267,9 +329,40 @@ class Memory:
 
     def close(self) -> None:
         """Unmap, and flush. Raises BufferError, with everything still usable, if there are views; what `flush` raises, when
-        it is closed all the same."""
-        if self.closed:
+        it is closed all the same.
+
+        A second close does nothing, and waits for nothing, unless the first one was interrupted: then it goes on with it.
+        """
+        if os.getpid() != self._connection.owner:
+            # The lock may be held by a thread that only the parent has.
+            self._connection.check()
+        with self._lock:
+            if not self.closed:
+                self._unmap()
+        try:
+            # In one step: of several threads, one does it.
+            self._unfinished.pop()
+        except IndexError:
             return
+        try:
+            # Only now: a flush that fails must not leave a mapping behind, whose absent pages would be zeros for everybody
+            # once the userfaultfd is closed. What is dirty is in the object, not in the mapping.
+            request = protocol.Flush(self._number, self._errors)
+            reply = self._connection.request(request, protocol.Flushed) if self.writable else protocol.Flushed(0)
+        except ConnectionError:
+            self._manager._forget(self)
+            raise
+        except BaseException:
+            self._unfinished.append(True)
+            raise
+        try:
+            self._tell(reply)
+        finally:
+            self._connection.unmapped(self._number)
+            self._manager._forget(self)
+            self._connection.tell_unmapped()
+
+    def _unmap(self) -> None:
         if self._guarded is not None:
             self._guarded.close()
             self._guarded = None
@@ -278,15 +371,7 @@ class Memory:
         except BufferError:
             raise BufferError(f"{self.name!r} has views (arrays or memoryviews); delete them before close()") from None
         self.closed = True
-        os.close(self._fd)
-        self._manager.forget(self)
-        # Only now: a flush that fails must not leave a mapping behind, whose absent pages would be zeros for everybody once
-        # the userfaultfd is closed. What is dirty is in the object, not in the mapping.
-        try:
-            if self.writable:
-                self._connection.request(protocol.Flush(self._number), protocol.Done)
-        finally:
-            self._connection.request(protocol.Unmap(self._number), protocol.Done)
+        self._descriptor = None
 
     def __enter__(self) -> Memory:
         return self
@@ -306,14 +391,22 @@ class Memory:
         if self.closed:
             raise ValueError(f"memory {self.name!r} is closed")
 
-    def _check_range(self, offset: int, nbytes: int) -> None:
+    def _ask(self, message: protocol.Message, kind: type[Reply]) -> Reply:
+        """What the manager says, but if another thread has closed this memory meanwhile: that."""
+        try:
+            return self._connection.request(message, kind)
+        except (ValueError, FileNotFoundError, ConnectionError) as error:
+            if self.closed:
+                raise ValueError(f"memory {self.name!r} is closed") from error
+            raise
+
+    def _checked_range(self, offset: int, nbytes: int | None) -> tuple[int, int]:
+        """As whole numbers; `nbytes` None is all the rest."""
         self._check_open()
+        offset = whole("offset", offset)
+        nbytes = self.nbytes - offset if nbytes is None else whole("nbytes", nbytes)
         if offset < 0 or nbytes < 0 or offset + nbytes > self.nbytes:
             raise ValueError(
                 f"bytes {offset} to {offset + nbytes} are not within {self.name!r}, which ends at {self.nbytes}"
             )
-
-    def _rest(self, offset: int, nbytes: int | None) -> int:
-        nbytes = self.nbytes - offset if nbytes is None else nbytes
-        self._check_range(offset, nbytes)
-        return nbytes
+        return offset, nbytes

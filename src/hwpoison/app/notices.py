@@ -6,6 +6,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from hwpoison import protocol
@@ -18,12 +19,23 @@ if TYPE_CHECKING:
 log = logging.getLogger("hwpoison")
 
 
-class Handle:
-    """What `on_failure` returns."""
+class Entry:
+    """A function, for the losses of one memory after the first `since` that this process has had."""
 
-    def __init__(self, notices: Notices, memory: Memory, function: Callable[[Notice], object]) -> None:
+    __slots__ = ("function", "memory", "since")
+
+    def __init__(self, memory: Memory, function: Callable[[Notice], object], since: int) -> None:
+        self.memory = memory
+        self.function = function
+        self.since = since
+
+
+class Handle:
+    """What `Memory.on_failure` returns: `cancel()` ends the calls."""
+
+    def __init__(self, notices: Notices, entry: Entry) -> None:
         self._notices = notices
-        self._entry = (memory, function)
+        self._entry = entry
 
     def cancel(self) -> None:
         """Call the function no more."""
@@ -35,27 +47,42 @@ class Notices:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._lock = threading.Lock()
-        self._functions: list[tuple[Memory, Callable[[Notice], object]]] = []
+        # A signal handler may register a function too.
+        self._lock = threading.RLock()
+        self._functions: list[Entry] = []
         self._channel: socket.socket | None = None
 
     def add(self, memory: Memory, function: Callable[[Notice], object]) -> Handle:
-        """Call `function` for each loss of `memory`."""
+        """Call `function` for each loss of `memory` from now on. Raises ConnectionError where nobody would ever call it."""
+        # Before the lock: in a forked child it may be held by a thread that only the parent has.
+        self._connection.check()
         with self._lock:
-            self._functions.append((memory, function))
             if self._channel is None:
-                self._channel = self._connection.new_channel(protocol.Listen())
-                threading.Thread(target=self._run, args=(self._channel,), name="hwpoison-notices", daemon=True).start()
-        return Handle(self, memory, function)
+                self._channel = self._started()
+            # What is told meanwhile waits for the lock.
+            since = self._connection.request(protocol.CountLosses(), protocol.Losses).count
+            entry = Entry(memory, function, since)
+            self._functions.append(entry)
+        return Handle(self, entry)
+
+    def _started(self) -> socket.socket:
+        channel = self._connection.new_channel(protocol.Listen())
+        try:
+            threading.Thread(target=self._run, args=(channel,), name="hwpoison-notices", daemon=True).start()
+        except BaseException:
+            channel.shutdown(socket.SHUT_RDWR)
+            channel.close()
+            raise
+        return channel
 
     def forget(self, memory: Memory) -> None:
         """It is closed: its functions are called no more."""
         with self._lock:
-            self._functions = [entry for entry in self._functions if entry[0] is not memory]
+            self._functions = [entry for entry in self._functions if entry.memory is not memory]
 
-    def remove(self, entry: tuple[Memory, Callable[[Notice], object]]) -> None:
+    def remove(self, entry: Entry) -> None:
         with self._lock:
-            if entry in self._functions:
+            with suppress(ValueError):
                 self._functions.remove(entry)
 
     def _run(self, channel: socket.socket) -> None:
@@ -73,20 +100,25 @@ class Notices:
 
     def _deliver(self, message: protocol.Reply) -> None:
         if isinstance(message, protocol.Told):
-            self._call(message.notice)
+            self._call(message)
 
-    def _call(self, notice: Notice) -> None:
+    def _call(self, told: protocol.Told) -> None:
         with self._lock:
-            functions = [function for memory, function in self._functions if memory.name == notice.name]
+            functions = [
+                entry.function
+                for entry in self._functions
+                if entry.memory.object_number == told.object and told.number > entry.since
+            ]
         for function in functions:
             try:
-                function(notice)
+                function(told.notice)
             except Exception:
                 log.exception("on_failure: %r failed", function)
 
     def close(self) -> None:
         """End the thread, after what it is doing."""
-        if self._channel is not None:
-            self._channel.shutdown(socket.SHUT_RDWR)
-            self._channel.close()
-            self._channel = None
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            with suppress(OSError):
+                channel.shutdown(socket.SHUT_RDWR)
+            channel.close()

@@ -24,6 +24,7 @@ import numpy
 import numpy.typing
 
 from hwpoison import protocol
+from hwpoison.app.checking import whole
 from hwpoison.app.connection import Connection
 from hwpoison.errors import Range
 from hwpoison.linux import syscalls
@@ -95,16 +96,16 @@ _store: Any = setitem
 class GuardedView:
     """One memory's guarded view, shared by all guards on it in this process."""
 
-    def __init__(self, connection: Connection, mapping: mmap.mmap, mapped: protocol.Mapped, name: str, nbytes: int) -> None:
+    def __init__(self, connection: Connection, mapping: mmap.mmap, number: int, slot: int, name: str, nbytes: int) -> None:
         assert connection.words is not None
         self._connection = connection
         self._mapping = mapping
-        self._number = mapped.mapping
+        self._number = number
         self._name = name
         self._nbytes = nbytes
         self._words = connection.words
-        self._met_word = 2 * mapped.slot
-        self._guards_word = 2 * mapped.slot + 1
+        self._met_word = 2 * slot
+        self._guards_word = 2 * slot + 1
         self._open: set[Entry] = set()
         self._untold: dict[Entry, Mark] = {}
         """The marks of all that are open, that have still to tell what they met, or that have left that to the next."""
@@ -112,7 +113,7 @@ class GuardedView:
 
     @property
     def buffer(self) -> memoryview:
-        return memoryview(self._mapping)[: self._nbytes]
+        return memory_of(self._mapping, self._name)[: self._nbytes]
 
     @property
     def address(self) -> int:
@@ -212,14 +213,22 @@ class GuardedView:
         return [Range(self._name, *one) for one in reply.ranges], reply.count
 
     def close(self) -> None:
-        """Raises BufferError if there are open guards, arrays or memoryviews of it."""
+        """Raises BufferError if there are open guards, arrays or memoryviews of it. The manager learns of it later."""
         if any(entry() is not None for entry in list(self._untold)):
-            raise BufferError(f"{self._name!r} is being guarded; end its guards before close()")
+            raise BufferError(f"{self._name!r} is being guarded or read; end that before close()")
         try:
             self._mapping.close()
         except BufferError:
             raise BufferError(f"a guarded view of {self._name!r} has arrays or memoryviews; delete them first") from None
-        self._connection.request(protocol.Unmap(self._number), protocol.Done)
+        self._connection.unmapped(self._number)
+
+
+def memory_of(mapping: mmap.mmap, name: str) -> memoryview:
+    """Raises ValueError if the mapping is closed."""
+    try:
+        return memoryview(mapping)
+    except ValueError:
+        raise ValueError(f"memory {name!r} is closed") from None
 
 
 def array_over(
@@ -233,10 +242,15 @@ def array_over(
     item = numpy.dtype(dtype)
     if item.hasobject:
         raise ValueError(f"{item} holds Python objects; managed memory holds bytes: choose another dtype")
+    if not item.itemsize:
+        raise ValueError(f"{item!r} has items of 0 bytes; choose another dtype")
+    offset = whole("offset", offset)
+    if offset > len(buffer):
+        raise ValueError(f"offset {offset} is not within the {len(buffer)} bytes")
     if offset < 0 or (shape is not None and any(one < 0 for one in numpy.atleast_1d(shape))):
         raise ValueError(f"offset {offset} and shape {shape} are 0 or more")
     if shape is None:
-        if offset < 0 or (len(buffer) - offset) % item.itemsize:
+        if (len(buffer) - offset) % item.itemsize:
             raise ValueError(f"{len(buffer) - offset} bytes from offset {offset} are no whole number of {item}; pass shape=")
         shape = ((len(buffer) - offset) // item.itemsize,)
     try:

@@ -58,7 +58,10 @@ def json_option(function: Function) -> Function:
 def memory_limit_option(function: Function) -> Function:
     """`--memory-limit`, in bytes."""
     return click.option(
-        "--memory-limit", type=size, help="Drop clean file pages to hold no more than this. 512M and 2GiB are sizes."
+        "--memory-limit",
+        type=size,
+        help="For all that the manager holds: anonymous memory counts in full and is never dropped; pages of files share "
+        "what is left. 512M and 2GiB are sizes.",
     )(function)
 
 
@@ -118,6 +121,34 @@ def _why_not(address: str, error: BaseException) -> str:
     if isinstance(error, ConnectionRefusedError) and path.exists():
         return "the manager that made this socket has ended" if path.is_socket() else "it is no socket"
     return reason(error)
+
+
+@contextmanager
+def explaining(manager: SharedManager, name: str, offset: int) -> Iterator[None]:
+    """What is wrong with a name or an offset is said in the words of somebody who has just typed it."""
+    try:
+        yield
+    except FileNotFoundError:
+        path = os.path.abspath(name)  # noqa: PTH100  (as `open` names a file)
+        if any(one.name == path for one in manager.objects()):
+            raise ValueError(f"there is no object {name!r}; a file's name is its absolute path: {path!r}") from None
+        raise
+    except ValueError:
+        for one in manager.objects():
+            if one.name == name and offset >= one.nbytes:
+                raise ValueError(f"byte {offset:#x} is not within {name!r} ({one.nbytes:#x} bytes)") from None
+        raise
+
+
+def own_command() -> str:
+    """How this command is called from where it was called."""
+    import shlex
+    import shutil
+
+    called, found = Path(sys.argv[0]), shutil.which("hwpoison")
+    if called.name != "hwpoison" or not os.access(called, os.X_OK):
+        return f"{shlex.quote(sys.executable)} -m hwpoison"
+    return "hwpoison" if found and called.samefile(found) else shlex.quote(str(called))
 
 
 def wait_for_log(manager: SharedManager) -> None:

@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from hwpoison.cli.common import OUTCOME_COLOURS, console, size_text
+from hwpoison.cli.common import OUTCOME_COLOURS, console, own_command, size_text
 from hwpoison.cli.demo_scenarios import Scenario
 from hwpoison.cli.demo_stage import Stage, processes
 from hwpoison.core.records import printable
@@ -81,7 +81,9 @@ class DemoTable:
             )
         else:
             self._say(f"{right} of {len(rows)} as they should be. {compared} compared in {seconds:.1f} s.", "bold red")
-        self._say(f"{document['failures']} failures are in the event log: hwpoison log", "dim")
+        self._say("Recovered: the bad frame is isolated; the data is back, or its loss was told.", "dim")
+        failures = document["failures"]
+        self._say(f"{failures} failures are in the event log{_more(failures - len(rows))}: {own_command()} log", "dim")
 
     def _columns(self, cells: Sequence[Text]) -> None:
         table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
@@ -97,6 +99,14 @@ class DemoTable:
 
     def _say(self, text: str, style: str = "", *, indent: int = 0) -> None:
         self._console.print(Padding(Text(text, style), (0, 0, 0, indent), expand=False))
+
+
+def _more(others: int) -> str:
+    """Why there are more failures than rows."""
+    if others <= 0:
+        return ""
+    again = f"; {others - 1} more came at the wrong moment" if others > 1 else ""
+    return f" (one was needed to prepare another{again})"
 
 
 def _told(pids: Sequence[int], stage: Stage) -> str:

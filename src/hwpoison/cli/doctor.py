@@ -13,18 +13,21 @@ from hwpoison.linux.capabilities import probe, works
 from hwpoison.linux.probing import Capability
 from hwpoison.linux.userfaultfd import DEVICE
 
-MARKS = {"yes": ("✓", "green"), "no": ("✗", "yellow"), "unknown": ("?", "cyan")}
+MARKS = {"yes": ("✓", "green"), "no": ("–", "yellow"), "unknown": ("?", "cyan")}
+NEEDED = {"no": "✗", "unknown": "?"}
 SURROUNDINGS = "surroundings"
 WIDTH_MAX = 120
-USER_MODE = f"a system call that meets a page that is not there gets EFAULT; see {DEVICE} above for how to get more"
+USER_MODE = f"a system call that meets a page that is not there gets EFAULT; see {DEVICE} below for how to get more"
 
 
 @click.command
+@click.option("--verbose", "-v", is_flag=True, help="Say of everything what it gives.")
 @json_option
-def doctor(as_json: bool) -> int:
-    """Find out, by trying, what this machine can do: what each thing gives, and how to get what is missing.
+def doctor(verbose: bool, as_json: bool) -> int:
+    """Find out, by trying, what this machine can do; of what is missing, what it would give, and how to get it.
 
-    Nothing is changed. The exit status is 1 if hwpoison does not work here.
+    The first line says whether hwpoison works here. Below, ✓ is there, – is not and hwpoison works without, ✗ is needed,
+    ! is in the way, ? could not be found out. Nothing is changed. The exit status is 1 if hwpoison does not work here.
 
     \b
     Example:
@@ -34,7 +37,7 @@ def doctor(as_json: bool) -> int:
     if as_json:
         print_json({"works": works(found), "verdict": _verdict(found), "capabilities": [asdict(one) for one in found]})
     else:
-        _print(found)
+        _print(found, verbose)
     return FINE if works(found) else FOUND
 
 
@@ -51,30 +54,32 @@ def _verdict(found: Sequence[Capability]) -> str:
     return text + (f" In the way: {', '.join(obstacles)}." if obstacles else "")
 
 
-def _print(found: Sequence[Capability]) -> None:
+def _print(found: Sequence[Capability], verbose: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
     output = console(without_terminal=WIDTH_MAX, at_most=WIDTH_MAX)
+    output.print(Text(_verdict(found), "bold green" if works(found) else "bold red"))
+    output.print()
     group = ""
     for one in found:
         if one.group != group:
             group = one.group
             output.print(Text(group, "bold"))
         mark, colour = _mark(one)
-        label = "" if one.group == SURROUNDINGS else "gives: "
-        what = Text(f"{printable(one.found)}\n").append(f"{label}{one.gives}", "dim")
+        what = Text(printable(one.found))
+        surrounding = one.group == SURROUNDINGS
+        if verbose or one.in_the_way or (one.state != "yes" and not surrounding):
+            what.append(f"\n{'' if surrounding else 'gives: '}{one.gives}", "dim")
         if one.in_the_way:
             what.append(f"\nin the way: {one.how}")
-        elif one.state == "no" and one.group != SURROUNDINGS:
+        elif one.state == "no" and not surrounding:
             what.append(f"\n{'needed' if one.needed else 'to get it'}: {one.how}")
         table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 0))
         for width in (2, 31, None):
             table.add_column(width=width, overflow="fold")
         table.add_row(Text(f" {mark}", colour), Text(one.name, colour if "red" in colour else ""), what)
         output.print(table)
-    output.print()
-    output.print(Text(_verdict(found), "bold green" if works(found) else "bold red"))
 
 
 def _mark(one: Capability) -> tuple[str, str]:
@@ -84,5 +89,5 @@ def _mark(one: Capability) -> tuple[str, str]:
     if one.group == SURROUNDINGS:
         return "·", ""
     if one.needed and one.state != "yes":
-        return MARKS[one.state][0], "bold red"
+        return NEEDED[one.state], "bold red"
     return MARKS[one.state]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from hwpoison.cli.common import connected, json_option, number, print_failure, socket_option, wait_for_log
+from hwpoison.cli.common import connected, explaining, json_option, number, print_failure, socket_option, wait_for_log
 
 
 @click.command
@@ -24,6 +24,7 @@ def inject(name: str, offset: int, action_required: bool, socket: str | None, as
       hwpoison inject table 0x7000
     """
     with connected(socket) as manager:
-        failure = manager.inject(name, offset, action_required)
+        with explaining(manager, name, offset):
+            failure = manager.inject(name, offset, action_required)
         wait_for_log(manager)
     return print_failure(f"{name}+{offset:#x}", failure, as_json=as_json)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import click
 
@@ -19,19 +19,34 @@ if TYPE_CHECKING:
 
 FOLLOW_SECONDS = 0.2
 """How often `--follow` looks for more."""
+LIMIT_ON_TERMINAL = 50
+"""A person at a terminal wants to see the last ones, and a log has thousands."""
 
 
 @click.command
 @json_option
 @click.option("--follow", is_flag=True, help="Go on with the events that come, until Ctrl-C.")
 @click.option("--event", metavar="ID", help="Only what belongs to one failure; the manager's line ends with its ID.")
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the last N events.")
+@click.option("--name", help="Only what happened to the object of that name.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), metavar="N",
+    help=f"Only the last N events. [default: {LIMIT_ON_TERMINAL} on a terminal, else all]",
+)  # fmt: skip
+@click.option("--all", "everything", is_flag=True, help="All events, on a terminal too.")
 @click.option("--path", type=click.Path(path_type=Path), help="The log's file. [default: $HWPOISON_LOG, or the user's log]")
-def log(as_json: bool, follow: bool, event: str | None, limit: int | None, path: Path | None) -> int:
+def log(
+    as_json: bool,
+    follow: bool,
+    event: str | None,
+    name: str | None,
+    limit: int | None,
+    everything: bool,
+    path: Path | None,
+) -> int:
     """Read the event log: every report, outcome, notice, repair and discard, of managers that have ended too.
 
     A line has the time (UTC), the failure's id, what happened, and where. With --json each line is an object. It is status 2
-    if there is no log, or nothing with the id that is asked for; --follow waits for either.
+    if there is no log, or nothing with the id or name that is asked for; --follow waits for either.
 
     \b
     Example:
@@ -40,22 +55,41 @@ def log(as_json: bool, follow: bool, event: str | None, limit: int | None, path:
     """
     from hwpoison.events import default_path, read
 
+    if everything and limit is not None:
+        raise click.UsageError("--all and --limit contradict each other; choose one")
+    if sys.__stdout__ is None:
+        raise click.UsageError("standard output is closed, and a log is there to be read: send it to a file, say")
+    shortened = not (limit or everything or as_json or event) and sys.stdout.isatty()
+    if shortened:
+        limit = LIMIT_ON_TERMINAL
     path = path or default_path()
     show = _json_line if as_json else _line
-    events = _following(path, event, limit) if follow else read(path, event_id=event, limit=limit)
-    found = False
+    wanted = Wanted(event_id=event, name=name)
+    events = _following(path, wanted, limit) if follow else read(path, limit=limit, **wanted)
+    found = 0
     with suppress(KeyboardInterrupt):
         for one in events:
-            found = True
+            found += 1
             sys.stdout.write(show(one) + "\n")
             if follow:
                 sys.stdout.flush()
-        if event is not None and not found and not follow:
-            raise ValueError(f"no event in {path} has the id {event!r}; `hwpoison log` shows those that are there")
+        if shortened and found == limit and not follow:
+            click.echo(f"hwpoison log: these are the last {limit} events; --all shows all", err=True)
+        if not found and not follow:
+            for what, value in (("the id", event), ("the name", name)):
+                if value is not None:
+                    raise ValueError(f"no event in {path} has {what} {value!r}; `hwpoison log` shows those that are there")
     return FINE
 
 
-def _following(path: Path, event_id: str | None, limit: int | None) -> Iterator[LoggedEvent]:
+class Wanted(TypedDict):
+    """What is asked for."""
+
+    event_id: str | None
+    name: str | None
+
+
+def _following(path: Path, wanted: Wanted, limit: int | None) -> Iterator[LoggedEvent]:
     """What is there, and then whatever comes, until nobody reads standard output any more."""
     from hwpoison.events import read
 
@@ -67,11 +101,11 @@ def _following(path: Path, event_id: str | None, limit: int | None) -> Iterator[
     while True:
         # A log that does not exist yet will come with the first event.
         with suppress(FileNotFoundError):
-            events = read(path, after=last.id - 1 if last else 0, event_id=event_id, limit=limit)
+            events = read(path, after=last.id - 1 if last else 0, limit=limit, **wanted)
             limit = None
             if last and next(events, None) != last:
                 # Somebody has removed the log, and this is another.
-                events = read(path, event_id=event_id)
+                events = read(path, **wanted)
             for last in events:
                 yield last
         if reader_is_gone.poll(FOLLOW_SECONDS * 1000):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from hwpoison.cli.common import connected, json_option, number, print_failure, socket_option, wait_for_log
+from hwpoison.cli.common import connected, explaining, json_option, number, print_failure, socket_option, wait_for_log
 
 
 @click.command
@@ -34,24 +34,29 @@ def report(
 
     Name the page by --name and --offset, by --pfn, by --physical, or by --pid and --address. Prints the kernel's line,
     which ends with the id of the failure's events in the log. The exit status is 1 if data was lost or the recovery failed.
+    A page that is not the manager's is an unknown page: Ignored, with exit status 0.
 
     \b
     Example:
       hwpoison report --pid 4711 --address 0x7f3a5c007000 --source "nightly scan"
     """
+    for first, value, second, other in (("--name", name, "--offset", offset), ("--pid", pid, "--address", address)):
+        if (value is None) != (other is None):
+            raise click.UsageError(f"{first} needs {second}" if other is None else f"{second} needs {first}")
     ways = [(name, offset), (pfn,), (physical,), (pid, address)]
     given = [values for values in ways if any(value is not None for value in values)]
-    if len(given) != 1 or None in given[0]:
+    if len(given) != 1:
         raise click.UsageError("name one page: --name and --offset, --pfn, --physical, or --pid and --address")
     from hwpoison.core.records import Report, Source
 
     if source == Source.INJECTED:
         raise click.UsageError(f"--source {source} is for simulated failures; use `hwpoison inject NAME OFFSET`")
     with connected(socket) as manager:
-        failure = manager.report(
-            name, offset, pfn=pfn, physical=physical, pid=pid, address=address, source=source,
-            action_required=action_required,
-        )  # fmt: skip
+        with explaining(manager, name or "", offset or 0):
+            failure = manager.report(
+                name, offset, pfn=pfn, physical=physical, pid=pid, address=address, source=source,
+                action_required=action_required,
+            )  # fmt: skip
         wait_for_log(manager)
         page_size = manager.connection.welcome.page_size
     if physical is not None:

@@ -17,7 +17,9 @@ KILLED = 128
 """Exit statuses as shells have them; a signal's number is added to the last."""
 
 PASSED_ON = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
-WAITED_FOR = PASSED_ON | {signal.SIGCHLD}
+STOPPING = {signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU}
+"""By which a shell's job control stops a command."""
+WAITED_FOR = PASSED_ON | {signal.SIGCHLD, signal.SIGTSTP, signal.SIGCONT}
 SI_KERNEL = 0x80
 """The `si_code` of a signal from the terminal. The command, which is in our process group, has it too."""
 
@@ -28,13 +30,15 @@ SI_KERNEL = 0x80
 def run(memory_limit: int | None, command: tuple[str, ...]) -> int:
     """Run COMMAND with a manager of its own, which it finds through $HWPOISON_SOCKET with hwpoison.connect().
 
-    Signals are passed on, and the exit status is the command's: 128 + n if signal n ended it, 127 if it was not found,
-    126 if it could not be run.
+    Signals are passed on, and it stops and goes on together with the command. The exit status is the command's: 128 + n if
+    signal n ended it, 127 if it was not found, 126 if it could not be run.
 
     \b
     Example:
       hwpoison run --memory-limit 2GiB -- python train.py --epochs 3
     """
+    if not command[0]:
+        raise click.UsageError("the command's name is empty: what is it to run?")
     # Threads that an import starts, numpy's, inherit the mask. Without it they would take signals, and end the process.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, WAITED_FOR)
     from hwpoison.app.manager import Manager
@@ -64,8 +68,13 @@ def _start(command: tuple[str, ...], environment: dict[str, str], mask: set[int]
 def _wait(child: int) -> int:
     """Pass signals on until the command ends; its exit status. The signals are blocked, so none is lost between two."""
     while True:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
+        changed, status = os.waitpid(child, os.WNOHANG | os.WUNTRACED)
+        if changed and os.WIFSTOPPED(status):
+            # Whoever has started us sees the command stop, and has us go on with SIGCONT, which comes below. One that has
+            # come already would be lost.
+            if os.WSTOPSIG(status) in STOPPING and signal.SIGCONT not in signal.sigpending():
+                os.kill(os.getpid(), signal.SIGSTOP)
+        elif changed:
             code = os.waitstatus_to_exitcode(status)
             return code if code >= 0 else KILLED - code
         signalled = signal.sigwaitinfo(WAITED_FOR)

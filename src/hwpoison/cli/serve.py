@@ -12,21 +12,26 @@ from hwpoison.cli.common import SOCKET_VARIABLE, memory_limit_option
 
 @click.command
 @click.option(
-    "--socket", metavar="PATH", envvar=SOCKET_VARIABLE, required=True,
+    "--socket", metavar="PATH", envvar=SOCKET_VARIABLE,
     help=f"Where to listen; @NAME is an abstract address. [default: ${SOCKET_VARIABLE}]",
 )  # fmt: skip
 @memory_limit_option
 @click.option("--offline-foreign", is_flag=True, help="Hand reports on unmanaged frames to the kernel (root).")
-def serve(socket: str, memory_limit: int | None, offline_foreign: bool) -> int:
+def serve(socket: str | None, memory_limit: int | None, offline_foreign: bool) -> int:
     """Run a manager that processes share, until SIGTERM or Ctrl-C.
 
     Programs find it through $HWPOISON_SOCKET or hwpoison.connect(PATH). It serves its own user and root, and writes one
-    line per failure to standard error.
+    line per failure to standard error, which on a terminal comes between what other commands print there.
+
+    When it is told to end while processes still map its memory, it writes changes back, lets nobody new in and stays until
+    the last has gone; the same signal again ends it at once, and then accesses to pages that are not present sleep for ever.
 
     \b
     Example:
       hwpoison serve --socket /tmp/hwpoison.sock --memory-limit 2GiB
     """
+    if not socket:
+        raise click.UsageError(f"Missing option '--socket': pass a path, or set {SOCKET_VARIABLE}")
     if offline_foreign and os.geteuid() != 0:
         raise click.UsageError("--offline-foreign needs root, as the kernel's hard offline does; run it with sudo")
     folder = Path(socket).absolute().parent

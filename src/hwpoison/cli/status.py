@@ -30,7 +30,8 @@ def status(socket: str | None, as_json: bool) -> int:
     """Show how a manager is doing. The exit status is 1 if bytes are lost or a failure ended as Failed.
 
     "Lost" is what is lost now; everything from "Failures" on is counted since the manager started. The lines below
-    "Failures" say what the pages were, and add up to it. `hwpoison run` is a client of its manager, too.
+    "Failures" say what the pages were, and add up to it (reports of pages known to be bad are not counted). `hwpoison run`
+    is a client of its manager, too.
 
     \b
     Example:

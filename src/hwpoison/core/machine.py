@@ -8,6 +8,7 @@ together with their contract case. Errors are `OSError` with the kernel's errno.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from typing import NamedTuple, Protocol, overload
@@ -60,6 +61,17 @@ class Telling(Enum):
     FATAL = "fatal"
     IGNORED = "ignored"
     BLOCKED = "blocked"
+
+
+class ShrunkError(OSError):
+    """The file is too short for the bytes that were to be written: somebody has truncated it."""
+
+    def __init__(self, nbytes: int, end: int) -> None:
+        super().__init__(
+            errno.EIO,
+            f"the file has shrunk to {nbytes} bytes, and the changes reach to byte {end} of it. They stay in memory while "
+            "it is open here: make the file as long again and flush() again, or read() them and keep them elsewhere",
+        )
 
 
 class NotIsolatedError(OSError):
@@ -187,7 +199,10 @@ class File(Protocol):
         """The bytes, fewer only at the end of the file."""
 
     async def write(self, offset: int, content: Content) -> Written:
-        """Write it all, if that is possible. Raises OSError if it is not known which version the file is in."""
+        """Write it all, if that is possible. Raises OSError if it is not known which version the file is in.
+
+        The file keeps its size: if it does not hold the range, nothing is written, and the error is a `ShrunkError`.
+        """
 
     async def sync(self) -> None:
         """All that was written is on the disk when this returns."""

@@ -13,7 +13,7 @@ from hwpoison.core.failure import memory_failure
 from hwpoison.core.machine import File, Hits, Identity, Space
 from hwpoison.core.mappings import Client, Mapping
 from hwpoison.core.objects import Backing, MemoryObject
-from hwpoison.core.pages import WRITEBACK
+from hwpoison.core.pages import DIRTY, WRITEBACK
 from hwpoison.core.records import Failure, Report
 from hwpoison.core.writeback import write_back_all
 
@@ -130,6 +130,13 @@ class MemoryManager(Books):
                 # What was lost of a file's changes must not be read as what the file held before: who opens it again
                 # finds the loss.
                 return
+            dirty = sum(object_.nbytes_of(*run) for run in object_.pages.runs(DIRTY))
+            if dirty:
+                self.record(
+                    "error",
+                    object_,
+                    detail=f"{dirty} bytes of changes are lost: nobody uses them any more, and they could not be written",
+                )
             object_.closed = True
             del self._objects[object_.name]
             self.reclaim.left(object_.pages.present)
@@ -218,9 +225,20 @@ class MemoryManager(Books):
             count = min(count, self.reclaim.limit // 2)
         await faults.prefetch(self, mapping.object, first, count)
 
+    async def write_back(self) -> None:
+        """What is dirty now is in the files when this returns; what could not be written was recorded."""
+        for object_ in self.objects():
+            if object_.closed:
+                continue
+            # Its last client may go meanwhile, and take its file away.
+            self.hold(object_)
+            try:
+                await write_back_all(self, object_)
+            finally:
+                self.release(object_)
+
     async def close(self) -> None:
         """Write everything back; afterwards nothing is under way."""
-        for object_ in self.objects():
-            await write_back_all(self, object_)
+        await self.write_back()
         while self._tasks:
             await asyncio.wait(self._tasks)

@@ -19,6 +19,9 @@ from hwpoison.errors import PoisonError
 PUBLISH_AT_ONCE_BYTES = 64 << 10
 """Up to so much is published on the event loop; more would hold up other clients' faults."""
 
+FRESH_READS = 10
+"""How often a page is read that is to be had in whatever version, while others change the file."""
+
 
 class UnreadableError(Exception):
     """The file can't give the content that belongs here; the message says why."""
@@ -296,10 +299,18 @@ async def _revive_locked(books: Books, object_: MemoryObject, page: int, content
 
 
 async def _fresh(books: Books, object_: MemoryObject, page: int, nbytes: int) -> Content:
-    """Zeros, or what the file holds now, in whatever version. Raises OSError if the file can't be read."""
-    if object_.backing is None:
+    """Zeros, or what the file holds now, in whatever version, but in one. Raises OSError if the file can't be read."""
+    backing = object_.backing
+    if backing is None:
         return books.zeros(1)
-    content = await object_.backing.file.read(object_.backing.offset + page * object_.page_size, nbytes)
+    async with backing.turn:
+        for _ in range(FRESH_READS):
+            before = await backing.file.identity()
+            content = await backing.file.read(backing.offset + page * object_.page_size, nbytes)
+            if await backing.file.identity() == before:
+                break
+        else:
+            raise OSError(f"the file of {object_.name!r} is being changed by somebody else all the time; try again later")
     if len(content) < nbytes:
         raise OSError(f"the file of {object_.name!r} has shrunk and holds nothing here: repair() the bytes, or close it")
     return _whole_pages(content, object_.page_size)

@@ -30,7 +30,14 @@ async def flush(books: Books, mapping: Mapping) -> None:
     if mapping.error_seen != object_.error_sequence:
         mapping.error_seen = object_.error_sequence
         code = error.errno if error is not None and error.errno else errno.EIO
-        raise OSError(code, f"changes to {object_.name!r} were lost or could not be written; see lost()")
+        what = f"changes to {object_.name!r} were lost or could not be written; see lost()"
+        if error is not None:
+            others = "; others are lost, see lost()" if object_.lost_changes else ""
+            what = (
+                f"changes to {object_.name!r} could not be written: {error.strerror or error}; they are still in memory, "
+                f"and flush() can be tried again{others}"
+            )
+        raise OSError(code, what)
 
 
 async def write_back_all(books: Books, object_: MemoryObject) -> OSError | None:

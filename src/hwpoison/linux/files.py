@@ -22,7 +22,7 @@ from functools import partial
 from typing import TypeVar
 
 from hwpoison.core.books import WINDOW_BYTES
-from hwpoison.core.machine import Content, Identity, Written
+from hwpoison.core.machine import Content, Identity, ShrunkError, Written
 from hwpoison.linux import syscalls
 from hwpoison.linux.buffers import Buffers
 from hwpoison.linux.syscalls import PAGE_SIZE
@@ -63,7 +63,7 @@ def checked_file(fd: int, name: str) -> None:
 
 
 Result = TypeVar("Result")
-_buffers = Buffers(WINDOW_BYTES)
+_buffers = Buffers(WINDOW_BYTES + PAGE_SIZE)
 
 
 class LinuxFile:
@@ -84,6 +84,9 @@ class LinuxFile:
         by_descriptor = f"/proc/self/fd/{fd}"
         may_write = os.access(by_descriptor, os.W_OK, effective_ids=True)
         self._told_what_is_cached = may_write or os.fstat(fd).st_uid == os.geteuid()
+        # No read-ahead: what it brought would stay, and look as if somebody else had wanted it.
+        with suppress(OSError):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
         self._direct = -1
         with suppress(OSError):
             self._direct = os.open(by_descriptor, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
@@ -120,12 +123,16 @@ class LinuxFile:
     def _read(self, offset: int, nbytes: int) -> Content:
         if self._resident(offset, nbytes):
             return _read_all(self._fd, offset, nbytes)
-        if self._direct >= 0 and not offset % PAGE_SIZE:
+        # Past the cache, and out of it again, go whole pages.
+        skipped = offset % PAGE_SIZE
+        begin = offset - skipped
+        if self._direct >= 0:
             with suppress(OSError):
-                return _read_all(self._direct, offset, nbytes, granule=PAGE_SIZE)
+                return _read_all(self._direct, begin, skipped + nbytes, granule=PAGE_SIZE)[skipped:]
         content = _read_all(self._fd, offset, nbytes)
         with suppress(OSError):
-            os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+            end = -(-(offset + nbytes) // PAGE_SIZE) * PAGE_SIZE
+            os.posix_fadvise(self._fd, begin, end - begin, os.POSIX_FADV_DONTNEED)
         return content
 
     def _resident(self, offset: int, nbytes: int) -> bool:
@@ -168,11 +175,18 @@ class LinuxFile:
         before = self.identity_now()
         error = None
         view = memoryview(content)
+        nbytes, end = before.nbytes, offset + len(view)
         try:
             while view:
+                # A write beyond the end would make the file longer, with zeros in between that nobody has written. (Who
+                # truncates it between this look and the write is too fast for us: no system call does both.)
+                if nbytes < end:
+                    raise ShrunkError(nbytes, end)
                 done = os.pwrite(self._fd, view, offset)
                 offset += done
                 view = view[done:]
+                if view:
+                    nbytes = os.fstat(self._fd).st_size
         except OSError as caught:
             error = caught
         return Written(before, self.identity_now(), error)

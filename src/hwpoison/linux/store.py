@@ -48,6 +48,22 @@ class LinuxFrame:
         os.read(self._pipe, PAGE_SIZE)
 
 
+class PoisonedFrame:
+    """A page that the kernel itself has declared bad. It holds the frame by itself, and lets nobody read it."""
+
+    def __init__(self, number: int | None) -> None:
+        self.number = number
+
+    def content(self) -> bytes:
+        raise OSError(errno.EIO, "the kernel has declared the page bad; what was in it is gone")
+
+    def quarantine(self) -> None:
+        """Nothing: no frame that the kernel has declared bad is given to anybody again."""
+
+    def release(self) -> None:
+        """Nothing: it can't be had back."""
+
+
 class LinuxStore:
     """See `hwpoison.core.machine.Store`. `fd` is the memfd."""
 
@@ -88,11 +104,20 @@ class LinuxStore:
 
     # --- taking out
 
-    def take(self, page: int, number: int | None = None) -> LinuxFrame | None:
+    def take(self, page: int, number: int | None = None) -> LinuxFrame | PoisonedFrame | None:
         offset = page * PAGE_SIZE
         if not self.present(page):
             return None
-        moved = os.splice(self.fd, self._transit[1], PAGE_SIZE, offset_src=offset, flags=os.SPLICE_F_NONBLOCK)
+        try:
+            moved = os.splice(self.fd, self._transit[1], PAGE_SIZE, offset_src=offset, flags=os.SPLICE_F_NONBLOCK)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            # A page that the kernel has declared bad fails every access until it is punched (linux-facts 26).
+            self._punch(page)
+            # Its mark is still in the page tables that had the page, ours too, and nothing could be published there.
+            syscalls.advise(self._address_of(page), PAGE_SIZE, mmap.MADV_DONTNEED)
+            return PoisonedFrame(number)
         assert moved == PAGE_SIZE, f"{moved} bytes of a page pinned"
         # Only now that it is pinned does the page keep its frame: compaction moves others at any time.
         frame = LinuxFrame(self._transit[0], self._quarantine, None)
@@ -100,13 +125,16 @@ class LinuxStore:
             frame.number = self.number(page)
             if number is not None and frame.number != number:
                 raise StaleFrameError(errno.ESTALE, f"page {page} is not in frame {number:#x} any more")
-            syscalls.punch_hole(self.fd, offset, PAGE_SIZE)
-            if self.present(page):
-                raise NotIsolatedError(errno.EBUSY, f"page {page} is part of a large frame, which is in use")
+            self._punch(page)
         except OSError:
             frame.release()
             raise
         return frame
+
+    def _punch(self, page: int) -> None:
+        syscalls.punch_hole(self.fd, page * PAGE_SIZE, PAGE_SIZE)
+        if self.present(page):
+            raise NotIsolatedError(errno.EBUSY, f"page {page} is part of a large frame, which is in use")
 
     def drop(self, first: int, count: int) -> None:
         syscalls.punch_hole(self.fd, first * PAGE_SIZE, count * PAGE_SIZE)

@@ -16,8 +16,9 @@ import signal
 import socket
 import stat
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 
 from hwpoison import events, protocol
 from hwpoison.linux import syscalls
@@ -32,18 +33,23 @@ from hwpoison.service.server import Server
 def serve(socket_path: str, *, memory_limit: int | None = None, offline_foreign: bool = False) -> int:
     """Serve at `socket_path` (a path, or @name for an abstract address) until SIGTERM or SIGINT; the exit status.
 
+    Whoever maps memory then is served on until it has gone, or until the signal comes again.
+
     Raises FileExistsError if somebody serves there, OSError if it can't be used, `UnsupportedError`.
     """
     if not socket_path.startswith("@"):
         socket_path = os.path.abspath(socket_path)
     listener = _listen(socket_path)
-    try:
-        _run(listener, socket_path, None, memory_limit=memory_limit, offline_foreign=offline_foreign)
-    finally:
+    with ExitStack() as place:
         if not socket_path.startswith("@"):
-            with suppress(FileNotFoundError):
-                os.unlink(socket_path)
+            place.callback(_unlink, socket_path)
+        _run(listener, socket_path, None, place.close, memory_limit=memory_limit, offline_foreign=offline_foreign)
     return 0
+
+
+def _unlink(path: str) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def _listen(address: str) -> socket.socket:
@@ -97,12 +103,13 @@ def _run(
     listener: socket.socket,
     address: str,
     first: socket.socket | None,
+    leave: Callable[[], None],
     *,
     memory_limit: int | None,
     offline_foreign: bool,
     without: Feature = NO_FEATURE,
 ) -> None:
-    """The manager's whole life."""
+    """The manager's whole life. `leave` makes room at its address, when nobody can connect any more."""
     syscalls.name_process("hwpoison-manager")
     # A client costs about six descriptors, and a shell allows 1,024: take what the administrator allows.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -119,6 +126,7 @@ def _run(
                         machine,
                         listener,
                         first,
+                        leave,
                         address=address,
                         instance=instance,
                         log=log,
@@ -138,6 +146,7 @@ async def _serve(
     machine: LinuxMachine,
     listener: socket.socket,
     first: socket.socket | None,
+    leave: Callable[[], None],
     *,
     address: str,
     instance: str,
@@ -152,13 +161,17 @@ async def _serve(
         instance=instance,
         events=log,
         private=first is not None,
+        leave=leave,
         memory_limit=memory_limit,
         offline_foreign=offline_foreign,
     )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # A private manager ends with its clients: a Ctrl-C that is meant for them must not take their memory.
-        loop.add_signal_handler(number, (lambda: None) if first is not None else server.stop.set)
+        # A private manager ends with its clients: a Ctrl-C that is meant for them must not take their memory. Of SIGHUP
+        # come several when a terminal is closed, which nobody has meant.
+        at_once = number != signal.SIGHUP
+        told = (lambda: None) if first is not None else partial(server.told_to_end, at_once=at_once)
+        loop.add_signal_handler(number, told)
     if first is None:
         with suppress(OSError):
             sys.stderr.write(f"hwpoison serve: process {os.getpid()} serves at {address}\n")
@@ -183,6 +196,7 @@ def main() -> int:
             _listen(address),
             address,
             first,
+            lambda: None,
             memory_limit=options.memory_limit,
             offline_foreign=options.offline_foreign,
             without=options.without,

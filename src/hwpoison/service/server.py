@@ -1,6 +1,6 @@
 """The manager's server: who may connect, and what the core says about what happens.
 
-It ends when it is told to, or, if it is private, when its last client is gone.
+It ends when it is told to and nobody maps its memory any more, or, if it is private, when its last client is gone.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Server:
         instance: str,
         events: EventLog,
         private: bool,
+        leave: Callable[[], None],
         memory_limit: int | None,
         offline_foreign: bool,
     ) -> None:
@@ -56,9 +57,13 @@ class Server:
         self._listener = listener
         self._events = events
         self._private = private
+        self._leave = leave
         self._sessions: set[Session] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self.stop = asyncio.Event()
+        """Nobody new is served any more."""
+        self.over = asyncio.Event()
+        """Nor is anybody else."""
 
     async def run(self, first: socket.socket | None = None) -> None:
         """Serve until stopped; `first` is a client that is connected already."""
@@ -69,8 +74,12 @@ class Server:
             self._admit(first)
         await self.stop.wait()
         loop.remove_reader(self._listener)
+        # Before the socket is closed: what is at that place afterwards is another manager's.
+        self._leave()
         self._listener.close()
-        await self.manager.close()
+        if not self._private:
+            await self._nobody_maps()
+        await self.manager.write_back()
         for session in list(self._sessions):
             session.end()
         while self._tasks:
@@ -78,6 +87,27 @@ class Server:
             await asyncio.wait(self._tasks)
         await self.manager.close()
         self.descriptors.close()
+
+    async def _nobody_maps(self) -> None:
+        """Until the last process that maps memory is gone, for whom nobody else could serve a fault, or `over`."""
+        pids = {client.pid for client in self.manager.clients() if client.mappings}
+        if pids:
+            many = "1 process still maps" if len(pids) == 1 else f"{len(pids)} processes still map"
+            _say(f"hwpoison serve: {many} memory, and this stays until the last has gone; the same signal ends it at once")
+        await self.manager.write_back()
+        self.request_answered()
+        await self.over.wait()
+
+    def request_answered(self) -> None:
+        """Or a client has gone: look whether that was the last one for whom we have stayed."""
+        if self.stop.is_set() and not any(one.references for one in self.manager.objects()):
+            self.over.set()
+
+    def told_to_end(self, *, at_once: bool = False) -> None:
+        """By a signal. `at_once`: if that was said before."""
+        if at_once and self.stop.is_set():
+            self.over.set()
+        self.stop.set()
 
     def _accept(self) -> None:
         try:
@@ -119,6 +149,7 @@ class Server:
         self.sessions_of = {number: one for number, one in self.sessions_of.items() if one is not session}
         if self._private and not self._sessions:
             self.stop.set()
+        self.request_answered()
 
     def spawn(self, story: Coroutine[Any, Any, None]) -> None:
         """Run a coroutine that reports its own errors."""
@@ -131,7 +162,7 @@ class Server:
         return protocol.Statistics(
             pid=os.getpid(),
             page_size=size,
-            socket=self.address,
+            socket=protocol.printable_path(self.address),
             memory_limit=self.manager.memory_limit,
             memory_present=self.manager.reclaim.present * size,
             clients=len(self.manager.clients()),
@@ -147,10 +178,10 @@ class Server:
             events_dropped=self._events.dropped,
         )
 
-    async def sync_log(self) -> str:
+    async def sync_log(self) -> bytes:
         """Until all events so far are in the log; its place."""
         await asyncio.wrap_future(self._events.sync())
-        return str(self._events.path)
+        return os.fsencode(self._events.path)
 
     # --- what the core says (see `hwpoison.core.accounting.Observer`)
 
@@ -175,13 +206,18 @@ class Server:
             session.tell(notice)
 
     def failure(self, where: str, failure: Failure) -> None:
-        with suppress(OSError):
-            sys.stderr.write(kernel_line(where, failure) + "\n")
-            sys.stderr.flush()
+        _say(kernel_line(where, failure))
 
     def defect(self, what: str, error: BaseException) -> None:
         log.error("a defect in hwpoison: %s", what, exc_info=error)
         self._events.add(Event(kind="error", detail=f"defect: {what}: {error!r}"))
+
+
+def _say(line: str) -> None:
+    """On standard error, if that can be."""
+    with suppress(OSError):
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
 
 
 def _refuse(connection: socket.socket, error: Exception) -> None:

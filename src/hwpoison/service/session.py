@@ -13,6 +13,7 @@ import os
 import socket
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -78,16 +79,24 @@ class Channel:
         self._session.server.spawn(self._answer(data, fds))
 
     async def _answer(self, data: bytes, fds: list[int]) -> None:
+        reply: protocol.Message | None
         reply_fds: list[int] = []
+        request: protocol.Request | None = None
         try:
             try:
                 request = protocol.decode_request(data)
-                reply, reply_fds = await self._session.handle(request, fds)
+                reply, reply_fds = await self._session.handle(request, fds, self)
             except Exception as error:
                 if not isinstance(error, (OSError, ValueError, MemoryError)):
                     log.exception("a request failed by a defect")
                 reply = protocol.failed(error)
-            self._reply(reply, reply_fds)
+            try:
+                if reply is not None:
+                    self._reply(reply, reply_fds)
+            except Exception as error:  # noqa: BLE001
+                # What can't be said, by a defect: whoever waits for it is told that much.
+                self._session.server.defect(f"the reply to {type(request).__name__}", error)
+                self._reply(protocol.failed(error))
         finally:
             for fd in reply_fds:
                 os.close(fd)
@@ -96,6 +105,11 @@ class Channel:
         self._busy = False
         if self._connection.fileno() >= 0:
             self._loop.add_reader(self._connection, self._readable)
+        self._session.server.request_answered()
+
+    def welcome(self) -> None:
+        """The client has it now."""
+        self._reply(protocol.Done())
 
     def _reply(self, reply: protocol.Message, fds: list[int] | None = None) -> None:
         if self._connection.fileno() < 0:
@@ -126,25 +140,29 @@ class NoticeChannel:
         self._stands = stands
         connection.setblocking(False)
         self._loop = asyncio.get_running_loop()
-        self._waiting: deque[Notice] = deque()
+        self._waiting: deque[protocol.Told] = deque()
         self._waiting_limit = NOTICES_LIMIT
+        try:
+            protocol.send(connection, protocol.Done())
+        except OSError:
+            self.close()
 
-    def tell(self, notice: Notice) -> None:
+    def tell(self, told: protocol.Told) -> None:
         """Send it, or keep it until the client reads."""
         if self._connection.fileno() < 0:
             return
-        self._waiting.append(notice)
+        self._waiting.append(told)
         if len(self._waiting) == 1:
             self._send()
         elif len(self._waiting) > self._waiting_limit:
-            self._waiting = deque(filter(self._stands, self._waiting))
+            self._waiting = deque(told for told in self._waiting if self._stands(told.notice))
             # All of them are looked at only when they have doubled.
             self._waiting_limit = max(NOTICES_LIMIT, 2 * len(self._waiting))
 
     def _send(self) -> None:
         try:
             for _ in range(min(len(self._waiting), NOTICES_AT_ONCE)):
-                protocol.send(self._connection, protocol.Told(self._waiting[0]))
+                protocol.send(self._connection, self._waiting[0])
                 self._waiting.popleft()
         except BlockingIOError:
             pass
@@ -176,16 +194,42 @@ class Session:
         self._board: Board | None = None
         self._slots: dict[int, Slot] = {}
         self._mappings: dict[int, Mapping] = {}
-        self._about_to_map: dict[int, list[MemoryObject]] = {}
+        self._about_to_map: dict[Channel, list[MemoryObject]] = {}
+        self._flush_failed: dict[int, protocol.Failed] = {}
+        self._losses = 0
         self._notices: NoticeChannel | None = None
         self._next_look: asyncio.TimerHandle | None = None
         self._channels: set[Channel] = {Channel(self, connection)}
 
     # --- its life
 
+    def _add_channel(self, request: protocol.AddChannel | protocol.Listen, fds: list[int]) -> None:
+        """It is answered on the new channel: a client that stops waiting leaves no answer for the next one to read."""
+        taken = _taken_socket(fds)
+        try:
+            self.server.descriptors.require()
+        except OSError as error:
+            with taken, suppress(OSError):
+                taken.setblocking(False)
+                protocol.send(taken, protocol.failed(error))
+            return
+        if isinstance(request, protocol.AddChannel):
+            channel = Channel(self, taken)
+            self._channels.add(channel)
+            channel.welcome()
+            return
+        if self._notices is not None:
+            self._notices.close()
+        self._notices = NoticeChannel(taken, self.server.manager.stands)
+
     def channel_closed(self, channel: Channel) -> None:
-        """The last channel's end is the client's, unless its memory lives and still has mappings: those are served."""
+        """The last channel's end is the client's, unless its memory lives and still has mappings: those are served.
+
+        What was found through it and not mapped will not be: the client was interrupted.
+        """
         self._channels.discard(channel)
+        for object_ in self._about_to_map.pop(channel, ()):
+            self.server.manager.release(object_)
         if not self._channels:
             if self._mappings:
                 self.server.spawn(self._end_if_gone(LOOK_SECONDS_MIN))
@@ -234,34 +278,36 @@ class Session:
 
     def tell(self, notice: Notice) -> None:
         """A loss, for those who listen."""
+        self._losses += 1
         if self._notices is not None:
-            self._notices.tell(notice)
+            object_ = self.server.manager.find(notice.name)
+            self._notices.tell(protocol.Told(self._losses, object_.number, notice))
 
     # --- what it asks
 
-    async def handle(self, request: protocol.Request, fds: list[int]) -> tuple[protocol.Message, list[int]]:
-        """The reply and its descriptors, which are the caller's to close; so are those of `fds` that are left in it."""
+    async def handle(
+        self, request: protocol.Request, fds: list[int], channel: Channel
+    ) -> tuple[protocol.Message | None, list[int]]:
+        """The reply (None if it has gone another way) and its descriptors, which are the caller's to close; so are those of
+        `fds` that are left in it."""
         if not self._greeted and not isinstance(request, protocol.Hello):
             raise ConnectionError("the first message must be Hello")
-        if isinstance(request, (protocol.Hello, protocol.AddChannel, protocol.Listen, protocol.Allocate, protocol.Open)):
+        if isinstance(request, (protocol.Hello, protocol.Allocate, protocol.Open)):
             self.server.descriptors.require()
         match request:
             case protocol.Hello():
                 return self._hello(request, fds)
-            case protocol.AddChannel():
-                self._channels.add(Channel(self, _taken_socket(fds)))
-            case protocol.Listen():
-                if self._notices is not None:
-                    self._notices.close()
-                self._notices = NoticeChannel(_taken_socket(fds), self.server.manager.stands)
+            case protocol.AddChannel() | protocol.Listen():
+                self._add_channel(request, fds)
+                return None, []
+            case protocol.CountLosses():
+                return protocol.Losses(self._losses), []
             case protocol.Allocate() | protocol.Open() | protocol.Attach():
-                return self._found(await self._object(request, fds))
+                return self._found(await self._object(request, fds), channel)
             case protocol.Map():
-                return await self._map(request), []
-            case protocol.Release():
-                self._release(request)
+                return await self._map(request, channel), []
             case protocol.Unmap():
-                self._unmap(self._mapping(request.mapping))
+                self._unmap(request.mapping)
             case protocol.Goodbye():
                 # The reply goes first; then there is nobody left to reply to.
                 asyncio.get_running_loop().call_soon(self.end)
@@ -302,8 +348,21 @@ class Session:
             case protocol.Met():
                 return await self._met(mapping, request)
             case protocol.Flush():
-                await manager.flush(mapping)
+                return await self._flush(mapping, request)
         return protocol.Done()
+
+    async def _flush(self, mapping: Mapping, request: protocol.Flush) -> protocol.Message:
+        # A client that was interrupted has not got the last reply, and no error is told before it has arrived.
+        mapping.error_seen = request.errors
+        try:
+            await self.server.manager.flush(mapping)
+        except OSError as error:
+            if mapping.error_seen == request.errors:
+                raise
+            self._flush_failed[request.mapping] = protocol.failed(error)
+        # Of two flushes at a time, the first one's reply may be the one that nobody has got.
+        new = mapping.error_seen != request.errors
+        return protocol.Flushed(mapping.error_seen, self._flush_failed.get(request.mapping) if new else None)
 
     def _hello(self, request: protocol.Hello, fds: list[int]) -> tuple[protocol.Message, list[int]]:
         if request.version != protocol.VERSION:
@@ -381,25 +440,31 @@ class Session:
             await file.close()
             raise
 
-    def _found(self, object_: MemoryObject) -> tuple[protocol.Message, list[int]]:
+    def _found(self, object_: MemoryObject, channel: Channel) -> tuple[protocol.Message, list[int]]:
         """The object, held until the client has mapped it: who gets the memory has given a userfaultfd."""
         self.server.manager.hold(object_)
-        self._about_to_map.setdefault(object_.number, []).append(object_)
         store = object_.store
         assert isinstance(store, LinuxStore)
-        fd = os.dup(store.fd) if object_.writable else store.read_only_fd()
+        try:
+            fd = os.dup(store.fd) if object_.writable else store.read_only_fd()
+        except OSError:
+            self.server.manager.release(object_)
+            raise
+        self._about_to_map.setdefault(channel, []).append(object_)
         reply = protocol.Found(
             object_.number, object_.name, object_.nbytes, object_.kind, object_.writable, object_.tracks_dirt
         )
         return reply, [fd]
 
-    async def _map(self, request: protocol.Map) -> protocol.Message:
+    async def _map(self, request: protocol.Map, channel: Channel) -> protocol.Message:
         manager = self.server.manager
-        held = self._about_to_map.get(request.object)
+        held = next((one for one in self._about_to_map.get(channel, ()) if one.number == request.object), None)
         known = next((one.object for one in self._mappings.values() if one.object.number == request.object), None)
-        object_ = held[-1] if held else known
+        object_ = held or known
         if object_ is None or self.client is None or self._board is None:
             raise ValueError(f"object {request.object} was not allocated, opened or attached by this client")
+        if request.mapping in self._mappings:
+            raise ValueError(f"the client has a mapping {request.mapping} already; each needs a number of its own")
         assert self._space is not None
         if not self._space.reaches(request.address, object_.pages.count * object_.page_size):
             raise ValueError(f"{object_.name!r} can't be mapped at {request.address:#x}: no process has such addresses")
@@ -410,30 +475,27 @@ class Session:
             if slot is not None:
                 self._board.free(slot)
             raise
-        self._mappings[mapping.number] = mapping
+        self._mappings[request.mapping] = mapping
         if slot is not None:
-            self._slots[mapping.number] = slot
-        if held:
-            held.pop()
-            manager.release(object_)
+            self._slots[request.mapping] = slot
+        if held is not None:
+            self._about_to_map[channel].remove(held)
+            manager.release(held)
         if object_.tracks_dirt and slot is None:
             # The client has done it, but a page that was taken away before this mapping was known can have lost its marker.
             try:
                 await self._space.protect(request.address, object_.pages.count * object_.page_size)
             except OSError:
-                self._unmap(mapping)
+                if request.mapping in self._mappings:
+                    self._unmap(request.mapping)
                 raise
-        return protocol.Mapped(mapping.number, slot.index if slot else -1)
+        return protocol.Mapped(slot.index if slot else -1, mapping.error_seen)
 
-    def _release(self, request: protocol.Release) -> None:
-        held = self._about_to_map.get(request.object)
-        if not held:
-            raise ValueError(f"object {request.object} is not held for this client")
-        self.server.manager.release(held.pop())
-
-    def _unmap(self, mapping: Mapping) -> None:
-        del self._mappings[mapping.number]
-        slot = self._slots.pop(mapping.number, None)
+    def _unmap(self, number: int) -> None:
+        mapping = self._mapping(number)
+        del self._mappings[number]
+        self._flush_failed.pop(number, None)
+        slot = self._slots.pop(number, None)
         if slot is not None and self._board is not None:
             self._board.free(slot)
         self.server.manager.unmap(mapping)
