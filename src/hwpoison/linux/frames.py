@@ -15,6 +15,8 @@ _NUMBER_BYTES = 6
 _ENTRY_BYTES = 8
 _IS_PRESENT = bytes(value >> 7 for value in range(256))
 """For the last byte of an entry."""
+_LARGE = 1 << 15 | 1 << 16 | 1 << 22
+"""Head or tail of a compound page, or transparent huge page (linux/kernel-page-flags.h)."""
 SEARCHED_PAGES = 1 << 16
 """Entries that are read at a time."""
 HARD_OFFLINE = "/sys/devices/system/memory/hard_offline_page"
@@ -58,6 +60,21 @@ class PageMap:
 
     def _entries(self, address: int, count: int) -> bytes:
         return os.pread(self._fd, count * _ENTRY_BYTES, address // PAGE_SIZE * _ENTRY_BYTES)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class FrameFlags:
+    """What the kernel says of frames: /proc/kpageflags, which is root's. Raises OSError for others."""
+
+    def __init__(self) -> None:
+        self._fd = os.open("/proc/kpageflags", os.O_RDONLY | os.O_CLOEXEC)
+
+    def large(self, number: int) -> bool:
+        """True if the frame is part of a larger one."""
+        data = os.pread(self._fd, _ENTRY_BYTES, number * _ENTRY_BYTES)
+        return len(data) == _ENTRY_BYTES and bool(int.from_bytes(data, "little") & _LARGE)
 
     def close(self) -> None:
         os.close(self._fd)

@@ -41,6 +41,9 @@ class LinuxMachine:
         self._client_workers = ThreadPoolExecutor(CLIENT_WORKERS, "hwpoison-client")
         self._turns_of_mounts: WeakValueDictionary[int, asyncio.Semaphore] = WeakValueDictionary()
         self._pagemap = frames.PageMap() if self._sees_frames() else None
+        self._frame_flags: frames.FrameFlags | None = None
+        with suppress(OSError):
+            self._frame_flags = frames.FrameFlags()
 
     @staticmethod
     def _sees_frames() -> bool:
@@ -64,6 +67,7 @@ class LinuxMachine:
                 own=self._own.fd,
                 quarantine=self.quarantine,
                 pagemap=self._pagemap,
+            frame_flags=self._frame_flags,
                 workers=self._file_workers,
             )
         except MemoryError as error:
@@ -129,6 +133,10 @@ class LinuxMachine:
         self._file_workers.shutdown()
         self._client_workers.shutdown(wait=False, cancel_futures=True)
         self.quarantine.close()
+        if self._pagemap is not None:
+            self._pagemap.close()
+        if self._frame_flags is not None:
+            self._frame_flags.close()
         os.close(self._own.fd)
 
 

@@ -16,7 +16,7 @@ from contextlib import suppress
 
 from hwpoison.core.machine import Content, NotIsolatedError, Runs, StaleFrameError
 from hwpoison.linux import syscalls, userfaultfd
-from hwpoison.linux.frames import OBJECT_NAME, SEARCHED_PAGES, PageMap
+from hwpoison.linux.frames import OBJECT_NAME, SEARCHED_PAGES, FrameFlags, PageMap
 from hwpoison.linux.quarantine import Quarantine
 from hwpoison.linux.syscalls import PAGE_SIZE
 
@@ -68,13 +68,22 @@ class LinuxStore:
     """See `hwpoison.core.machine.Store`. `fd` is the memfd."""
 
     def __init__(
-        self, name: str, nbytes: int, *, own: int, quarantine: Quarantine, pagemap: PageMap | None, workers: Executor
+        self,
+        name: str,
+        nbytes: int,
+        *,
+        own: int,
+        quarantine: Quarantine,
+        pagemap: PageMap | None,
+        frame_flags: FrameFlags | None,
+        workers: Executor,
     ) -> None:
         self._pages = -(-nbytes // PAGE_SIZE)
         self._nbytes = self._pages * PAGE_SIZE
         self._own = own
         self._quarantine = quarantine
         self._pagemap = pagemap
+        self._frame_flags = frame_flags
         self._workers = workers
         self._filling = 0
         self._regions: set[int] = set()
@@ -125,6 +134,9 @@ class LinuxStore:
             frame.number = self.number(page)
             if number is not None and frame.number != number:
                 raise StaleFrameError(errno.ESTALE, f"page {page} is not in frame {number:#x} any more")
+            if frame.number is not None and self._frame_flags is not None and self._frame_flags.large(frame.number):
+                # Before anything is touched: a punch would empty the page in place, for everybody to see.
+                raise NotIsolatedError(errno.EBUSY, f"page {page} is part of a large frame")
             self._punch(page)
         except OSError:
             frame.release()
