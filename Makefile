@@ -4,6 +4,7 @@
 #   make test      check, then all tests but the soak tests              make soak     the tests that run long
 #   make check     formatting, lint, types, layers                       make bench    the benchmarks
 #   make format    format and fix what can be fixed                      make clean    remove all that make made
+#   make explore   every order of events in simulation, with misfortunes; and all planted defects
 
 # More arguments for pytest: make test ARGS='-k quarantine'
 ARGS ?=
@@ -20,7 +21,7 @@ BIN := .venv/bin
 SHELL := /bin/sh
 .SHELLFLAGS := -euc
 .DELETE_ON_ERROR:
-.PHONY: setup demo test check soak bench format clean
+.PHONY: setup demo test check soak explore bench format clean
 
 setup: .venv/.installed
 
@@ -72,6 +73,10 @@ check: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy --strict
 	$(BIN)/lint-imports --no-logo
+
+explore: setup
+	$(BIN)/hwpoison explore --exhaustive --misfortunes
+	$(BIN)/hwpoison explore --mutants
 
 soak: setup
 	$(BIN)/python -m pytest -m soak -o faulthandler_timeout=0 $(ARGS)

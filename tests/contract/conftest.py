@@ -11,8 +11,9 @@ import pytest
 from hwpoison.core.machine import Machine
 from tests.contract.linux_rig import LinuxRig
 from tests.contract.rig import Rig
+from tests.contract.simulation_rig import SimulationRig
 
-RIGS: dict[str, Callable[[Path], Rig]] = {"linux": LinuxRig}
+RIGS: dict[str, Callable[[Path], Rig]] = {"linux": LinuxRig, "simulation": SimulationRig}
 
 
 @pytest.fixture(params=RIGS)

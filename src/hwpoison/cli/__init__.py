@@ -35,6 +35,7 @@ COMMANDS = {
     "log": Place("hwpoison.cli.log:log", "Read the event log, of managers that have ended too."),
     "demo": Place("hwpoison.cli.demo:demo", "Watch memory fail in every way, and every byte be right."),
     "doctor": Place("hwpoison.cli.doctor:doctor", "Find out what this machine can do, and what keeps it from more."),
+    "explore": Place("hwpoison.cli.explore:explore", "Meet every order of events, in simulation."),
     "bench": Place("hwpoison.cli.bench:bench", "Measure what this costs here, each figure beside its floor."),
 }
 

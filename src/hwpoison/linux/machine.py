@@ -67,7 +67,7 @@ class LinuxMachine:
                 own=self._own.fd,
                 quarantine=self.quarantine,
                 pagemap=self._pagemap,
-            frame_flags=self._frame_flags,
+                frame_flags=self._frame_flags,
                 workers=self._file_workers,
             )
         except MemoryError as error:

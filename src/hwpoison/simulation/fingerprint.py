@@ -1,0 +1,272 @@
+"""A value that two worlds share if and only if the same can happen in both from here on.
+
+It is made of everything that the future depends on: the machine, the books, what is asked of the expectation, what is under
+way outside, the callbacks that are ready, the timers, and of each task where it stands and what it holds. A coroutine's
+stack is had from the garbage collector: it has loops' iterators and temporaries too, which the local variables have not.
+A type that is not known here is an error: it must be taught, not skipped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import types
+from asyncio.locks import Event, Lock
+from asyncio.timeouts import Timeout
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from functools import partial
+from typing import Any
+
+from hwpoison.core import locks, mappings, objects, reclaim
+from hwpoison.core.accounting import Statistics
+from hwpoison.core.failure import Handling, Row
+from hwpoison.core.manager import MemoryManager
+from hwpoison.core.pages import Pages
+from hwpoison.core.records import Event as LogEvent
+from hwpoison.simulation import machine
+from hwpoison.simulation.invariants import Expectation
+from hwpoison.simulation.loop import SimulationLoop, TimedCallback
+from hwpoison.simulation.world import Agent, Scenario, World
+
+_PLAIN = {int, str, bytes, bool, type(None), float}
+_CODE = (
+    types.FrameType, types.FunctionType, types.CodeType, types.ModuleType, type, types.BuiltinFunctionType,
+    types.GetSetDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType, types.MethodDescriptorType,
+)  # fmt: skip
+_NOT_HELD = {*_CODE, types.CoroutineType}
+"""What a coroutine refers to and does not hold: code, and the coroutine that it waits for, which is looked at by itself."""
+_ITERATORS = {type(iter([])), type(iter(())), type(iter(range(1))), type(iter(deque())), type(zip()), type(enumerate(()))}
+_NAMED = {
+    MemoryManager, World, SimulationLoop, Expectation, machine.SimulatedMachine, machine.SimulatedHits, mappings.ReverseMap,
+    Pages, reclaim.Reclaim, Statistics, Scenario, Agent,
+}  # fmt: skip
+"""Of these there is one, or its content is part of the fingerprint in another place."""
+
+
+class Fingerprint:
+    """One look at a world."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._futures: dict[int, int] = {}
+        self._ids: dict[str, int] = {}
+        self._frames: dict[int, int] = {}
+
+    def value(self) -> int:
+        """The hash."""
+        return hash(self.parts())
+
+    def parts(self) -> tuple[Any, ...]:
+        """All of it."""
+        return (self._memory(), self._books(), self._outside(), self._tasks(), self._expected())
+
+    def _memory(self) -> tuple[Any, ...]:
+        simulated = self._world.machine
+        stores = tuple([
+            (tuple([page and (self._frame(page.number), page.content, page.bad) for page in store.pages]),
+             tuple(store.large), store.closed,
+             tuple([(area.process.pid, area.address, tuple(sorted(area.entries.items()))) for area in store.areas]))
+            for store in simulated.stores
+        ])  # fmt: skip
+        processes = tuple([
+            (one.alive, one.asleep, tuple(one.unread), tuple(one.signalled)) for one in simulated.processes
+        ])  # fmt: skip
+        disk = self._world.disk
+        return (
+            stores, processes, disk and (disk.content, disk.times, disk.cached),
+            tuple(sorted([(self._frame(number), count) for number, count in simulated.quarantine.items()])),
+            tuple([self._frame(number) for number in simulated.free]), tuple(sorted(simulated.budget.items())),
+            tuple(sorted([self._frame(one) for one in simulated.bad])),
+        )  # fmt: skip
+
+    def _books(self) -> tuple[Any, ...]:
+        world = self._world
+        object_, manager = world.object, world.manager
+        pages, backing = object_.pages, object_.backing
+        return (
+            bytes(pages.flags[: pages.count]), bytes(pages.generation[: pages.count]), pages.present,
+            tuple([(page, self.canonical(loss)) for page, loss in object_.losses.items()]),
+            object_.error_sequence, object_.references, object_.closed, self.canonical(object_.ending),
+            self.canonical(object_.locks._held), self.canonical(object_.locks._waiting), self.canonical(object_._io),
+            backing and (backing.identity, backing.changed, backing.writing, self.canonical(backing.turn)),
+            tuple([self._mapping(one) for one in object_.mappings]),
+            tuple([(client.alive, tuple(sorted(client.told.items())), len(client.vacated)) for client in manager.clients()]),
+            self.canonical(vars(manager.reclaim)),
+        )  # fmt: skip
+
+    def _mapping(self, mapping: mappings.Mapping) -> tuple[Any, ...]:
+        return (
+            mapping.number, tuple(sorted(mapping.markers)), tuple(mapping.met), mapping.met_before,
+            tuple(mapping.reads.items()), tuple(mapping.writes.items()), mapping.error_seen,
+            len(mapping._answers), mapping.hits and (mapping.hits.guarded),
+        )  # fmt: skip
+
+    def _outside(self) -> tuple[Any, ...]:
+        world = self._world
+        loop = world.loop
+        return (
+            tuple([(one.what, self.canonical(one.state), self._future(one.future)) for one in world.machine.waiting]),
+            tuple([(one.at, one.mourned, one.area is not None, self.canonical(one.request)) for one in world.agents]),
+            tuple([str(one) for one in world.to_come]),
+            tuple([one.owner for one in loop.ready]),
+            tuple(sorted([(round(at - loop.time(), 9), one.owner) for at, _, one in loop.timers if not one.cancelled()])),
+            loop.arriving if loop.mode == "batch" else None,
+        )  # fmt: skip
+
+    def _tasks(self) -> tuple[Any, ...]:
+        found = []
+        for task in self._world.loop.tasks:
+            if task.done():
+                continue
+            chain = []
+            coroutine: Any = task.get_coro()
+            while type(coroutine) is types.CoroutineType:
+                chain.append(self._coroutine(coroutine))
+                coroutine = coroutine.cr_await
+            found.append((task.get_name(), task.cancelling(), tuple(chain), self.canonical(task._fut_waiter)))  # type: ignore[attr-defined]
+        return tuple(found)
+
+    def _coroutine(self, coroutine: types.CoroutineType[Any, Any, Any]) -> tuple[Any, ...]:
+        frame = coroutine.cr_frame
+        return (
+            coroutine.__name__, frame.f_lasti if frame else None,
+            tuple([self.canonical(one) for one in gc.get_referents(coroutine) if type(one) not in _NOT_HELD]),
+        )  # fmt: skip
+
+    def _expected(self) -> tuple[Any, ...]:
+        expectation = self._world.expectation
+        return (
+            # What a flush has to find is what came after it began.
+            tuple([tuple(one) if expectation._flushes else one[-1] for one in expectation.history]),
+            tuple(sorted(expectation.bad)), expectation.foreign, tuple(sorted([one.number for one in expectation.owed])),
+            tuple([len(one) for one in expectation._may]), tuple(expectation._fresh), tuple(expectation._reviving),
+            tuple(expectation._reporting),
+            tuple(sorted([(self._id(id_), page, who) for id_, page, who in expectation._told])),
+            tuple(sorted([(self._id(id_), page) for id_, page in expectation._losses])),
+            tuple([(one.number, tuple(begun), owed) for one, (begun, owed) in expectation._flushes.items()]),
+        )  # fmt: skip
+
+    # --- what tasks hold
+
+    def canonical(self, value: Any) -> Any:
+        """The same for values that make no difference."""
+        kind = type(value)
+        if kind in _PLAIN:
+            if kind is str and value.startswith("sim-"):
+                return self._id(value)
+            return value
+        if kind in _NAMED:
+            return kind.__name__
+        known = _KNOWN.get(kind)
+        if known is not None:
+            return known(self, value)
+        if isinstance(value, asyncio.Future):
+            if isinstance(value, asyncio.Task):
+                return ("task", value.get_name(), value.done())
+            return self._future(value)
+        if isinstance(value, Enum):
+            return value.value
+        if isinstance(value, BaseException):
+            return (kind.__name__, self.canonical(value.args))
+        if isinstance(value, tuple):
+            return tuple([self.canonical(one) for one in value])
+        if is_dataclass(value):
+            return (kind.__name__, *[self.canonical(getattr(value, one.name)) for one in fields(value)])
+        if kind in _ITERATORS:
+            return (kind.__name__, self.canonical(value.__reduce__()[1:]))
+        if isinstance(value, _CODE):
+            return None
+        if kind.__name__ in ("FutureIter", "coroutine_wrapper", "Context", "weakref", "ReferenceType"):
+            return kind.__name__
+        raise TypeError(f"teach the fingerprint what a {kind.__module__}.{kind.__qualname__} is: {value!r}")
+
+    def _future(self, future: asyncio.Future[Any]) -> tuple[Any, ...]:
+        number = self._futures.setdefault(id(future), len(self._futures))
+        return ("future", number, future._state)
+
+    def _id(self, event_id: str) -> int:
+        return self._ids.setdefault(event_id, len(self._ids))
+
+    def _frame(self, number: int) -> int:
+        return self._frames.setdefault(number, len(self._frames))
+
+
+def _held(look: Fingerprint, value: locks.Held) -> Any:
+    return ("held", value.first, value.end, look.canonical(value.granted))
+
+
+def _lock(look: Fingerprint, value: Lock) -> Any:
+    return ("lock", value.locked(), look.canonical(list(value._waiters or ())))
+
+
+def _event(look: Fingerprint, value: Event) -> Any:
+    return ("event", value.is_set(), look.canonical(list(value._waiters)))
+
+
+def _timeout(look: Fingerprint, value: Timeout) -> Any:
+    when = value.when()
+    left = None if when is None else round(when - look._world.loop.time(), 9)
+    return ("timeout", left, value._state.value)  # type: ignore[attr-defined]
+
+
+def _generator(look: Fingerprint, value: Any) -> Any:
+    frame = value.gi_frame
+    referents = [look.canonical(one) for one in gc.get_referents(value) if not isinstance(one, _CODE)]
+    return ("generator", value.__name__, frame.f_lasti if frame else None, tuple(referents))
+
+
+def _each(look: Fingerprint, value: Any) -> Any:
+    return tuple([look.canonical(one) for one in value])
+
+
+def _dict(look: Fingerprint, value: dict[Any, Any]) -> Any:
+    return tuple([(look.canonical(key), look.canonical(one)) for key, one in value.items()])
+
+
+_KNOWN: dict[type, Callable[[Fingerprint, Any], Any]] = {
+    list: _each,
+    tuple: _each,
+    deque: _each,
+    dict: _dict,
+    Counter: _dict,
+    set: lambda look, value: tuple(sorted([look.canonical(one) for one in value])),
+    frozenset: lambda look, value: tuple(sorted([look.canonical(one) for one in value])),
+    bytearray: lambda look, value: bytes(value),
+    memoryview: lambda look, value: value.tobytes() if value.nbytes < 1 << 12 else ("memory", value.nbytes),
+    range: lambda look, value: value,
+    slice: lambda look, value: (value.start, value.stop, value.step),
+    contextlib.suppress: lambda look, value: "suppress",
+    contextlib._GeneratorContextManager: lambda look, value: look.canonical(value.gen),
+    types.CellType: lambda look, value: look.canonical(gc.get_referents(value)),
+    types.GeneratorType: _generator,
+    types.CoroutineType: Fingerprint._coroutine,
+    types.MethodType: lambda look, value: (value.__name__, look.canonical(value.__self__)),
+    partial: lambda look, value: (look.canonical(value.args), look.canonical(value.keywords)),
+    Lock: _lock,
+    Event: _event,
+    Timeout: _timeout,
+    TimedCallback: lambda look, value: ("timer", round(value.when() - look._world.loop.time(), 9), value.cancelled()),
+    locks.Held: _held,
+    locks.RangeLocks: lambda look, value: "locks",
+    objects.MemoryObject: lambda look, value: ("object", value.number),
+    objects.Backing: lambda look, value: ("backing", value.place),
+    mappings.Mapping: lambda look, value: ("mapping", value.number),
+    mappings.Client: lambda look, value: ("client", value.number),
+    Handling: lambda look, value: (
+        "handling", look.canonical(value.event_id), look.canonical(value.place), value.state, value.victims, value.reason,
+    ),
+    Row: lambda look, value: value.state.value,
+    LogEvent: lambda look, value: value.kind,
+    machine.SimulatedFile: lambda look, value: ("file", value.disk.inode),
+    machine.SimulatedStore: lambda look, value: ("store", value.name),
+    machine.SimulatedSpace: lambda look, value: ("space", value.pid),
+    machine.SimulatedFrame: lambda look, value: ("frame", look._frame(value.number), value.page.content, value.page.bad),
+    machine.Waiting: lambda look, value: ("waiting", value.what),
+    machine.Process: lambda look, value: ("process", value.pid),
+    machine.Area: lambda look, value: ("area", value.process.pid, value.address),
+    machine.Disk: lambda look, value: ("disk", value.inode),
+}  # fmt: skip

@@ -1,0 +1,70 @@
+"""The cells that are explored: every state of a page with every pair of operations, beside a client that always works."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import combinations_with_replacement
+
+from hwpoison.simulation.explore import Cell, explore
+from hwpoison.simulation.loop import Mode
+from hwpoison.simulation.world import OPERATIONS, Scenario, applies
+
+STATES = {
+    "anonymous": ("absent", "present", "lost"),
+    "read-only": ("absent", "present", "lost"),
+    "writable": ("absent", "present", "dirty", "lost"),
+    "cached": ("absent", "present", "dirty", "lost"),
+}
+"""What a page of each kind of object can be. What it can be in between is met on the way."""
+BUDGETS: dict[str, tuple[tuple[str, int], ...]] = {
+    "anonymous": (),
+    "read-only": (("read fails", 1),),
+    "writable": (("write fails", 1),),
+    "cached": (("marker lost", 1),),
+}
+"""What may go wrong beside the operations, and how often in a run."""
+
+
+def pairs(*, misfortunes: bool = False) -> Iterator[Scenario]:
+    """One page, in each state, with each pair of operations on it; `misfortunes`: one more thing may go wrong beside."""
+    for kind, states in STATES.items():
+        operations = [one for one in OPERATIONS if applies(kind, one)]
+        for state in states:
+            for first, second in combinations_with_replacement(operations, 2):
+                budget = BUDGETS[kind] if misfortunes else ()
+                yield Scenario(kind, (state,), ((first, 0), (second, 0)), budget=budget)
+
+
+def explore_all(
+    scenarios: Iterable[Scenario],
+    mode: Mode = "quiet",
+    *,
+    schedules_max: int | None = None,
+    processes: int | None = None,
+    progress: Callable[[Cell], None] | None = None,
+) -> list[Cell]:
+    """Explore each in a process of several; in the order of the scenarios."""
+    wanted = list(scenarios)
+    found: dict[int, Cell] = {}
+    with ProcessPoolExecutor(processes or os.cpu_count() or 1, initializer=_begin) as pool:
+        tasks = {pool.submit(_explore, one, mode, schedules_max): number for number, one in enumerate(wanted)}
+        for task in as_completed(tasks):
+            cell = found[tasks[task]] = task.result()
+            if progress is not None:
+                progress(cell)
+    return [found[number] for number in range(len(wanted))]
+
+
+def _begin() -> None:
+    # Worlds are cycles. What is there before is never garbage.
+    gc.disable()
+    gc.freeze()
+
+
+def _explore(scenario: Scenario, mode: Mode, schedules_max: int | None) -> Cell:
+    cell = explore(scenario, mode, schedules_max=schedules_max)
+    gc.collect()
+    return cell

@@ -1,0 +1,267 @@
+"""Defects planted on purpose: each one a bug that a kernel had, or a fact about Linux forgotten, in terms of our core.
+
+A mutant is a change to the source of one module, made while that is imported, in a process of its own. The explorer must
+find every one: what it can't find in others it would not find in us.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from types import ModuleType
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """In `module`, `before` becomes `after`. `source` is where it comes from, `what` is what goes wrong."""
+
+    name: str
+    source: str
+    what: str
+    module: str
+    before: str
+    after: str
+
+    @property
+    def hint(self) -> str:
+        """How the name of a cell begins in which it is known to be caught: that is explored first."""
+        return _KNOWN_CELLS.get(self.name, "")
+
+    @property
+    def mode(self) -> Literal["quiet", "batch"]:
+        """In which mode it is to be caught: in quiet, but where two things must arrive together."""
+        return "batch" if self.name in _TOGETHER else "quiet"
+
+
+class _Planting(SourceFileLoader):
+    mutant: Mutant
+
+    def get_code(self, fullname: str) -> object:  # type: ignore[override]
+        text = self.get_source(fullname)
+        assert text is not None
+        if text.count(self.mutant.before) != 1:
+            raise ValueError(f"the mutant {self.mutant.name!r} does not fit {fullname} any more")
+        return compile(text.replace(self.mutant.before, self.mutant.after), self.get_filename(fullname), "exec")
+
+
+class _Finder(MetaPathFinder):
+    def __init__(self, mutant: Mutant) -> None:
+        self._mutant = mutant
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname != self._mutant.module:
+            return None
+        spec = PathFinder.find_spec(fullname, path)
+        assert spec is not None
+        assert spec.origin is not None
+        loader = _Planting(fullname, spec.origin)
+        loader.mutant = self._mutant
+        spec.loader = loader
+        return spec
+
+
+@contextmanager
+def planted(mutant: Mutant) -> Iterator[None]:
+    """While this lasts, the core and all that is built on it are imported anew, with the mutant in it."""
+    kept = {name: module for name, module in sys.modules.items() if name.startswith("hwpoison.") and name != __name__}
+    finder = _Finder(mutant)
+    for name in kept:
+        del sys.modules[name]
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [one for one in sys.modules if one.startswith("hwpoison.") and one != __name__]:
+            del sys.modules[name]
+        sys.modules.update(kept)
+
+
+FAILURE, FAULTS, RECOVERY = "hwpoison.core.failure", "hwpoison.core.faults", "hwpoison.core.recovery"
+WRITEBACK, LOCKS, POLICY, OBJECTS = (
+    "hwpoison.core.writeback",
+    "hwpoison.core.locks",
+    "hwpoison.core.policy",
+    "hwpoison.core.objects",
+)
+
+MUTANTS = (
+    Mutant(
+        "flag set after the lock", "Linux 405ce051236c (the flag was set before the page could not change any more)",
+        "a second report is handled beside the first", FAILURE,
+        "    object_.pages.set(POISONED, page)\n    held = object_.locks.hold(page)\n",
+        "    held = object_.locks.hold(page)\n",
+    ),
+    Mutant(
+        "no recheck after the lock", "Linux a3e0f9e47d5e (the page was another one after it was locked)",
+        "what the page was before the wait decides", FAILURE,
+        "            await _io_settled(handling)\n            row = identify(_observe(place, own=POISONED))\n",
+        "            await _io_settled(handling)\n",
+    ),
+    Mutant(
+        "no wait for write-back", "Linux e8675d291ac0 (the wait for write-back was skipped)",
+        "a page on its way to the file is decided on too early", FAILURE,
+        "            await _io_settled(handling)\n", "",
+    ),
+    Mutant(
+        "a page on its way is clean", "Linux, memory-failure.c: writeback is waited for before dirty is looked at",
+        "a write that fails afterwards is forgotten", FAILURE,
+        "    if flags & (DIRTY | WRITEBACK):\n", "    if flags & DIRTY:\n",
+    ),
+    Mutant(
+        "a lost page stays in the books as well", "Linux 31134651778 (counted twice)",
+        "a lost page is struck again as if it were there", FAILURE,
+        "        if not object_.pages.flags[page] & LOST:\n            object_.pages.clear(POISONED, page)\n",
+        "        object_.pages.clear(POISONED, page)\n",
+    ),
+    Mutant(
+        "the frame goes back", "Linux 79f5f8fab482 (poisoned pages were left to the allocator)",
+        "a bad frame is handed out again", FAILURE,
+        "        frame.quarantine()\n", "        frame.release()\n",
+    ),
+    Mutant(
+        "wake forgotten", "userfaultfd: a COPY that does not wake (linux-facts 6)",
+        "who met the page while it was away sleeps for ever", FAULTS,
+        "    finally:\n        mapping.wake(page)\n", "    finally:\n        pass\n",
+    ),
+    Mutant(
+        "no recheck of the page in a fault", "Linux, do_swap_page: the entry is compared again under the lock",
+        "a page that has come meanwhile is brought in again", FAULTS,
+        "        elif flags & PRESENT:\n            return\n        else:\n", "        else:\n",
+    ),
+    Mutant(
+        "zeros for a lost page", "Linux a76054266661, CVE-2022-49828 (a truncated page reads as zeros)",
+        "the loss is silent", FAULTS,
+        "        if flags & LOST or object_.closed:\n"
+        "            await answer_lost(books, mapping, page, thread)\n        elif",
+        "        if object_.closed:\n            await answer_lost(books, mapping, page, thread)\n        elif",
+    ),
+    Mutant(
+        "a first write is not noted", "Linux: the dirty bit lost between unmap and check",
+        "changes are read again from the file when a failure strikes", FAULTS,
+        "    for page in range(first, first + count):\n        mapping.object.pages.set(DIRTY, page)\n", "",
+    ),
+    Mutant(
+        "at once without looking at the locks", "Linux: PG_locked must be held to bring content in",
+        "content is put beside somebody who works on the page", FAULTS,
+        "    if not object_.locks.free(page):\n        return False\n", "",
+    ),
+    Mutant(
+        "stale content after a change", "Linux: a clean page is dropped and read from a file that is another by now",
+        "a healed page mixes versions of the file", RECOVERY,
+        "    return content if len(content) == nbytes and await unchanged() else None\n",
+        "    return content if len(content) == nbytes else None\n",
+    ),
+    Mutant(
+        "stale content after a loss", "linux-facts 18: a lost page is an absent one",
+        "a write to a part of a lost page reads the old content in", RECOVERY,
+        "            if not whole and not flags[page] & (PRESENT | LOST):\n",
+        "            if not whole and not flags[page] & PRESENT:\n",
+    ),
+    Mutant(
+        "zeros before the right content", "the issue: a repair is one step",
+        "others see zeros while a page is repaired", RECOVERY,
+        "    object_.store.publish(page, content)\n    loss = object_.losses.pop(page)\n",
+        "    object_.store.publish(page, bytes(len(content)))\n    object_.store.write(page * object_.page_size, content)\n"
+        "    loss = object_.losses.pop(page)\n",
+    ),
+    Mutant(
+        "a repaired page is clean", "Linux: an error that was cleared with the page",
+        "what was repaired never gets to the file", RECOVERY,
+        "    dirty = DIRTY if object_.tracks_dirt and content is not None else 0\n", "    dirty = 0\n",
+    ),
+    Mutant(
+        "markers stay after a repair", "Linux 2e6053fea379 (who touched it looped on a page that was well)",
+        "a page that is well is refused", RECOVERY,
+        "        if page in mapping.markers:\n", "        if page in ():\n",
+    ),
+    Mutant(
+        "not watched again while absent", "linux-facts 15: a punch can lose the marker",
+        "a first write is unseen", RECOVERY,
+        "                drop(books, object_, first, length)\n                await object_.watch(first, length)\n",
+        "                drop(books, object_, first, length)\n",
+    ),
+    Mutant(
+        "the owners are not told", "Linux: late-kill tasks were not told when unmap failed",
+        "a loss goes unreported", RECOVERY,
+        "    return tell_owners(books, object_, page, loss)\n", "    return ()\n",
+    ),
+    Mutant(
+        "dirt of a request forgotten", "linux-facts 14: a write to the memfd is unseen",
+        "what the manager wrote for a client never gets to the file", RECOVERY,
+        "                if object_.tracks_dirt:\n                    object_.pages.set(DIRTY, page)\n", "",
+    ),
+    Mutant(
+        "copied before it is watched", "linux-facts 14: a store between the copy and the protection",
+        "a store is neither in the file nor dirty", WRITEBACK,
+        "        await object_.watch(first, count)\n"
+        "        copies, failed = _copied(object_, _well(object_, first, count))\n",
+        "        copies, failed = _copied(object_, _well(object_, first, count))\n"
+        "        await object_.watch(first, count)\n",
+    ),
+    Mutant(
+        "clean before the write has ended", "Linux: dirty is cleared before I/O, and the page is in write-back",
+        "a failure during the write reads the old content again", WRITEBACK,
+        "                object_.pages.set(WRITEBACK, page)\n", "                pass\n",
+    ),
+    Mutant(
+        "an error leaves the page clean", "Linux: mapping_set_error, fsyncgate",
+        "what could not be written is dropped later", WRITEBACK,
+        "            if error is not None:\n"
+        "                failed = failed or error\n                _dirty_again(object_, start, length)\n",
+        "            if error is not None:\n                failed = failed or error\n",
+    ),
+    Mutant(
+        "one write overtakes another", "Linux: two writers of one page wait for PG_writeback",
+        "the older content is in the file in the end", WRITEBACK,
+        "            # Two flushes of one object: the second waits for the first one's write, or it would overtake it.\n"
+        "            await object_.written_back(page)\n",
+        "            pass\n",
+    ),
+    Mutant(
+        "the lock is kept on a cancelled wait", "asyncio: a grant and a cancellation in the same turn",
+        "a lock is lost", LOCKS,
+        "            if range_ in self._held:\n                self.release(range_)\n            else:\n",
+        "            if range_ not in self._held:\n",
+    ),
+    Mutant(
+        "flush says it never", "Linux: an error is told to whoever syncs, once (errseq_t)",
+        "a flush succeeds although changes are lost", FAILURE,
+        "        object_.error_sequence += 1\n    if frame is None:\n", "        pass\n    if frame is None:\n",
+    ),
+)  # fmt: skip
+
+_TOGETHER = {"the lock is kept on a cancelled wait"}
+"""A grant and a timer in the same turn of the event loop."""
+_KNOWN_CELLS = {
+    "the lock is kept on a cancelled wait": "read-only absent: read 0, report 0",
+    "flag set after the lock": "read-only absent: report 0, report 0",
+    "no recheck after the lock": "read-only absent: read 0, report 0",
+    "no wait for write-back": "writable absent: flush 0, report 0",
+    "a page on its way is clean": "writable absent: flush 0, report 0",
+    "no recheck of the page in a fault": "anonymous lost: read 0, request to write 0",
+    "a first write is not noted": "writable absent: read 0, read 0",
+    "at once without looking at the locks": "cached absent: read 0, read 0",
+    "stale content after a change": "read-only absent: read 0, change 0",
+    "a repaired page is clean": "writable absent: request to write 0, report 0",
+    "not watched again while absent": "cached present: write 0, evict 0",
+    "dirt of a request forgotten": "writable absent: read 0, request to write 0",
+    "copied before it is watched": "writable absent: read 0, flush 0",
+    "clean before the write has ended": "writable absent: read 0, flush 0",
+    "an error leaves the page clean": "writable absent: read 0, evict 0",
+    "one write overtakes another": "writable absent: flush 0, flush 0",
+    "flush says it never": "writable absent: flush 0, report 0",
+}
+
+
+def mutant(name: str) -> Mutant:
+    """By name. Raises ValueError."""
+    for one in MUTANTS:
+        if one.name == name:
+            return one
+    raise ValueError(f"there is no mutant {name!r}; `hwpoison explore --mutants` lists them")

@@ -1,0 +1,128 @@
+"""A run in a file: a list of integers, with the names of what was chosen; and the story that it tells."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from hwpoison.core.pages import DIRTY, LOST, POISONED, PRESENT, WRITEBACK
+from hwpoison.simulation.choices import Choices, DivergedError
+from hwpoison.simulation.explore import run
+from hwpoison.simulation.loop import Mode
+from hwpoison.simulation.world import OPERATIONS, Scenario, World
+
+FORMAT = 1
+_FLAGS = {PRESENT: "present", DIRTY: "dirty", WRITEBACK: "on its way", POISONED: "poisoned", LOST: "lost"}
+
+
+@dataclass(frozen=True, slots=True)
+class SavedRun:
+    """What a file has. `violation` is the sentence that did not hold, empty if all did."""
+
+    scenario: Scenario
+    mode: Mode
+    choices: tuple[int, ...]
+    names: tuple[str, ...]
+    violation: str
+
+    def save(self, path: Path) -> None:
+        """Write it."""
+        path.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+
+
+def load(path: Path) -> SavedRun:
+    """Read it. Raises OSError, and ValueError for what is no run of this format."""
+    try:
+        document = json.loads(path.read_text())
+        if document["format"] != FORMAT:
+            raise ValueError(f"it has format {document['format']!r}")
+        scenario = document["scenario"]
+        if not all(name in OPERATIONS for name, _ in scenario["operations"]) or document["mode"] not in get_args(Mode):
+            raise ValueError("it has operations or a mode that are unknown")
+        pairs: dict[str, Any] = {key: tuple(map(tuple, scenario[key])) for key in ("operations", "budget")}
+        return SavedRun(
+            Scenario(scenario["kind"], tuple(scenario["states"]), worker=scenario["worker"], **pairs),
+            document["mode"],
+            tuple(map(int, document["choices"])),
+            tuple(map(str, document["names"])),
+            str(document["violation"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no run of format {FORMAT}: {error}") from error
+
+
+def named(scenario: Scenario, mode: Mode, choices: tuple[int, ...]) -> SavedRun:
+    """The run with the names of its choices, and what it ends with."""
+    made = Choices(choices, names=())
+    found = run(scenario, made, mode)
+    return SavedRun(scenario, mode, tuple(made.taken), tuple(made.told), found.violation or "")
+
+
+class Replay:
+    """Tell a run again, step by step. `violation` is what it ended with, when all has been told."""
+
+    def __init__(self, saved: SavedRun) -> None:
+        self._saved = saved
+        self.violation: str | None = None
+
+    def story(self) -> Iterator[str]:
+        """What happens, and the pages after it. Raises `DivergedError` where a choice is not the one in the file."""
+        choices = Choices(self._saved.choices, names=self._saved.names)
+        world = World(self._saved.scenario, choices, self._saved.mode)
+        told: list[str] = []
+        steps = run_steps(world)
+        before = ""
+        for number in steps:
+            happened = choices.told[len(told) :]
+            told += happened
+            pages = _pages(world)
+            if happened or pages != before:
+                yield f"{number:4}  {'; '.join(happened) or '(the manager)'}"
+                if pages != before:
+                    yield f"      {pages}"
+                before = pages
+        self.violation = steps_end(world)
+        if len(choices.taken) < len(self._saved.choices):
+            raise DivergedError(f"diverged at choice {len(choices.taken)}: the run has ended")
+
+
+def run_steps(world: World) -> Iterator[int]:
+    """The steps of a run, one after the other."""
+    loop = world.loop
+    loop.enter()
+    try:
+        while world.expectation.violation is None and loop.step():
+            world.expectation.look_at_losses()
+            world.expectation.check()
+            yield loop.steps
+    finally:
+        loop.leave()
+
+
+def steps_end(world: World) -> str | None:
+    """What the run has ended with."""
+    return world.expectation.violation or world.expectation.check_end()
+
+
+def _pages(world: World) -> str:
+    told = []
+    for page in range(world.object.pages.count):
+        flags = world.object.pages.flags[page]
+        words = [word for flag, word in _FLAGS.items() if flags & flag] or ["absent"]
+        found = world.store.pages[page]
+        if found is not None:
+            words.append(f"frame {found.number}{' (bad)' if found.bad else ''} holds {_short(found.content)}")
+        if world.disk is not None:
+            size = world.object.page_size
+            words.append(f"the file {_short(world.disk.content[page * size : (page + 1) * size])}")
+        told.append(f"page {page}: {', '.join(words)}")
+    return "; ".join(told)
+
+
+def _short(content: bytes) -> str:
+    half = len(content) // 2
+    first, second = int.from_bytes(content[:half], "little"), int.from_bytes(content[half:], "little")
+    return str(first) if first == second else f"{first}|{second}"
