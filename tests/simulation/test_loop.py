@@ -33,7 +33,7 @@ sys.exit(not found.wasSuccessful())
 def test_cpythons_own_tests_pass_on_it(subject: str) -> None:
     name = f"test.test_asyncio.test_{subject}"
     found = importlib.util.find_spec("test") and importlib.util.find_spec("test.test_asyncio")
-    need(found, "CPython's own tests (Debian: libpython3-testsuite)", "cpython")
+    need(found, "CPython's own tests (Debian: libpython3.11-testsuite)", "cpython")
     done = subprocess.run([sys.executable, "-P", "-c", RUN, name], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 10
