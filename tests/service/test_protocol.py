@@ -100,7 +100,7 @@ class Served:
         with contextlib.suppress(AssertionError):
             wait_until(lambda: self._list_descriptors() == self._descriptors, "descriptors are closed", 5)
         before, self._descriptors = self._descriptors, self._list_descriptors()
-        assert self._descriptors == before
+        assert self._descriptors == before, f"the witness itself has {len(self._manager.connection._idle)} channels more"
         said = self._stderr.read_text()[self._said :]
         self._said += len(said)
         assert "defect" not in said, said
