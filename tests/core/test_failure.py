@@ -103,6 +103,25 @@ def test_a_page_whose_frame_has_changed_is_left_alone(run: Run) -> None:
     run(story)
 
 
+def test_a_frame_that_has_gone_back_to_the_system_was_not_isolated(run: Run) -> None:
+    async def story(core: Core) -> None:
+        need(core.machine.knows_frames, "the privilege to know frame numbers")
+        file = core.open(core.new_file(1))
+        await core.bring_in(file, 0)
+        number = file.store.number(0)  # type: ignore[attr-defined]
+        async with file.locks.hold(0):
+            failing = asyncio.create_task(memory_failure(core.manager, Report(pfn=number)))
+            while not file.pages.flags[0] & POISONED:  # noqa: ASYNC110  (it looks for the frame in a thread)
+                await asyncio.sleep(0)
+            core.manager.reclaim.drop(file, 0, 1)
+        failure = await failing
+        assert (failure.state, failure.outcome) == (State.FREE, Outcome.IGNORED)
+        assert failure.reason == "the frame has gone back to the system"
+        assert not core.manager.statistics.quarantined
+
+    run(story)
+
+
 @pytest.mark.parametrize("number", [0, 1 << 50])
 def test_a_frame_that_cannot_be_is_unknown(run: Run, number: int) -> None:
     async def story(core: Core) -> None:

@@ -14,12 +14,12 @@ from hwpoison.simulation.hunt import hunt
 from hwpoison.simulation.matrix import BUDGETS, STATES, pairs
 from hwpoison.simulation.mutants import MUTANTS
 from hwpoison.simulation.runs import Replay, SavedRun, load, named
-from hwpoison.simulation.world import Scenario
+from hwpoison.simulation.scenario import Scenario
 
 FOUND = Path(__file__).parent / "found"
 
 
-def cell(kind: str, state: str, *operations: str, worker: int | None = 0) -> Scenario:
+def cell(kind: str, state: str, *operations: str, worker: tuple[int, ...] = (0,)) -> Scenario:
     return Scenario(kind, (state,), tuple((one, 0) for one in operations), worker, BUDGETS[kind])
 
 
@@ -56,7 +56,7 @@ def test_plain_search_and_hashing_agree_where_plain_search_ends(mode: str) -> No
 
 COUNT = """
 from hwpoison.simulation.explore import explore
-from hwpoison.simulation.world import Scenario
+from hwpoison.simulation.scenario import Scenario
 found = [explore(Scenario(kind, (state,), (("report", 0), ("die", 0)))) for kind, state in
          (("anonymous", "present"), ("writable", "dirty"), ("read-only", "absent"))]
 print([(one.schedules, one.steps, one.states) for one in found])

@@ -309,7 +309,14 @@ async def _foreign(handling: Handling) -> Outcome:
 
 
 async def _nothing_there(handling: Handling) -> Outcome:
-    """No frame is behind an absent page; the next access brings a good one."""
+    """No frame is behind an absent page; the next access brings a good one.
+
+    A report that names a frame is another matter: the frame was the page's when it was looked for and has gone back to the
+    system since, so nobody has isolated it.
+    """
+    if handling.place.pfn is not None:
+        handling.reason = "the frame has gone back to the system"
+        return Outcome.IGNORED
     return Outcome.RECOVERED
 
 

@@ -64,6 +64,22 @@ async def answer_lost(books: Books, mapping: Mapping, page: int, thread: int) ->
             signal_or_kill(books, mapping.client, address, thread, (object_, page), event_id)
 
 
+async def met(mapping: Mapping, since: int, forget: int) -> tuple[list[int], int]:
+    """The pages that a guarded view has shown as zeros since its count was `since`, and its count now.
+
+    What was met before the count was `forget` nobody will ask for again. When this returns, all zeros that were counted are
+    in the view, so that whoever takes them away finds them.
+    """
+    forget = min(forget - mapping.met_before, len(mapping.met))
+    if forget > 0:
+        del mapping.met[:forget]
+        mapping.met_before += forget
+    found = dict.fromkeys(mapping.met[max(since - mapping.met_before, 0) :])
+    count = mapping.met_before + len(mapping.met)
+    await mapping.answered()
+    return list(found), count
+
+
 async def _mark(mapping: Mapping, page: int, address: int) -> None:
     mapping.markers.add(page)
     if not await mapping.client.space.poison(address):

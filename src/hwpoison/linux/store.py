@@ -150,6 +150,8 @@ class LinuxStore:
 
     def drop(self, first: int, count: int) -> None:
         syscalls.punch_hole(self.fd, first * PAGE_SIZE, count * PAGE_SIZE)
+        # A page that the kernel had declared bad leaves its mark in our page table, where nothing could be published.
+        syscalls.advise(self._address_of(first), count * PAGE_SIZE, mmap.MADV_DONTNEED)
         if self._first_present(first) < first + count:
             raise NotIsolatedError(errno.EBUSY, f"pages from {first} on are part of a large frame, which is in use")
 

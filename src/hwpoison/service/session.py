@@ -18,7 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from hwpoison import protocol
-from hwpoison.core import recovery
+from hwpoison.core import policy, recovery
 from hwpoison.core.mappings import Client, Mapping
 from hwpoison.core.objects import MemoryObject
 from hwpoison.core.pages import DIRTY
@@ -507,15 +507,8 @@ class Session:
             raise ValueError(f"this client has no mapping {number}") from None
 
     async def _met(self, mapping: Mapping, request: protocol.Met) -> protocol.Message:
-        """All losses after the first `since`, and forget what nobody will ask for again."""
-        forget = min(request.forget, mapping.met_before + len(mapping.met)) - mapping.met_before
-        if forget > 0:
-            del mapping.met[:forget]
-            mapping.met_before += forget
-        since = max(request.since - mapping.met_before, 0)
-        met, count = dict.fromkeys(mapping.met[since:]), mapping.met_before + len(mapping.met)
-        await mapping.answered()
-        return protocol.Ranges(_joined(mapping.object, list(met)), count)
+        pages, count = await policy.met(mapping, request.since, request.forget)
+        return protocol.Ranges(_joined(mapping.object, pages), count)
 
 
 def _taken_socket(fds: list[int]) -> socket.socket:

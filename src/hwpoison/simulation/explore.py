@@ -17,7 +17,8 @@ from typing import Any
 from hwpoison.simulation.choices import Choices, PrunedError
 from hwpoison.simulation.fingerprint import Fingerprint
 from hwpoison.simulation.loop import Mode
-from hwpoison.simulation.world import Scenario, World
+from hwpoison.simulation.scenario import Scenario
+from hwpoison.simulation.world import World
 
 STEPS_MAX = 2000
 """A schedule that takes more does not settle."""
@@ -62,7 +63,7 @@ def run(scenario: Scenario, choices: Choices, mode: Mode = "quiet", *, world: Wo
     violation, pruned = None, False
     loop.enter()
     try:
-        while loop.step():
+        while world.step():
             expectation.look_at_losses()
             if not choices.replaying:
                 violation = expectation.check()
@@ -78,6 +79,7 @@ def run(scenario: Scenario, choices: Choices, mode: Mode = "quiet", *, world: Wo
         violation = str(error) or None
     finally:
         loop.leave()
+        world.over = True
         _abandon(loop.tasks)
     return Run(world, choices, violation, pruned)
 

@@ -28,9 +28,11 @@ from hwpoison.core.manager import MemoryManager
 from hwpoison.core.pages import Pages
 from hwpoison.core.records import Event as LogEvent
 from hwpoison.simulation import machine
+from hwpoison.simulation.agents import Agent, Guard
 from hwpoison.simulation.invariants import Expectation
 from hwpoison.simulation.loop import SimulationLoop, TimedCallback
-from hwpoison.simulation.world import Agent, Scenario, World
+from hwpoison.simulation.scenario import Scenario
+from hwpoison.simulation.world import World
 
 _PLAIN = {int, str, bytes, bool, type(None), float}
 _CODE = (
@@ -42,7 +44,7 @@ _NOT_HELD = {*_CODE, types.CoroutineType}
 _ITERATORS = {type(iter([])), type(iter(())), type(iter(range(1))), type(iter(deque())), type(zip()), type(enumerate(()))}
 _NAMED = {
     MemoryManager, World, SimulationLoop, Expectation, machine.SimulatedMachine, machine.SimulatedHits, mappings.ReverseMap,
-    Pages, reclaim.Reclaim, Statistics, Scenario, Agent,
+    Pages, reclaim.Reclaim, Statistics, Scenario, Agent, Guard,
 }  # fmt: skip
 """Of these there is one, or its content is part of the fingerprint in another place."""
 
@@ -67,8 +69,8 @@ class Fingerprint:
     def _memory(self) -> tuple[Any, ...]:
         simulated = self._world.machine
         stores = tuple([
-            (tuple([page and (self._frame(page.number), page.content, page.bad) for page in store.pages]),
-             tuple(store.large), store.closed,
+            (tuple([page and (self._frame(page.number), page.content, page.bad, page.held) for page in store.pages]),
+             tuple(store.large), tuple(store.marks), store.closed,
              tuple([(area.process.pid, area.address, tuple(sorted(area.entries.items()))) for area in store.areas]))
             for store in simulated.stores
         ])  # fmt: skip
@@ -102,7 +104,7 @@ class Fingerprint:
         return (
             mapping.number, tuple(sorted(mapping.markers)), tuple(mapping.met), mapping.met_before,
             tuple(mapping.reads.items()), tuple(mapping.writes.items()), mapping.error_seen,
-            len(mapping._answers), mapping.hits and (mapping.hits.guarded),
+            len(mapping._answers), mapping.hits and mapping.hits.guarded,
         )  # fmt: skip
 
     def _outside(self) -> tuple[Any, ...]:
@@ -110,8 +112,11 @@ class Fingerprint:
         loop = world.loop
         return (
             tuple([(one.what, self.canonical(one.state), self._future(one.future)) for one in world.machine.waiting]),
-            tuple([(one.at, one.mourned, one.area is not None, self.canonical(one.request)) for one in world.agents]),
-            tuple([str(one) for one in world.to_come]),
+            tuple([
+                (one.at, one.mourned, one.area is not None, self.canonical(one.request), one.guard and one.guard.state)
+                for one in world.agents
+            ]),
+            tuple([str(one) for one in world.to_come]), tuple(world.unreported), world.dead, world.may_die,
             tuple([one.owner for one in loop.ready]),
             tuple(sorted([(round(at - loop.time(), 9), one.owner) for at, _, one in loop.timers if not one.cancelled()])),
             loop.arriving if loop.mode == "batch" else None,

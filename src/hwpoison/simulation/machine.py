@@ -6,6 +6,8 @@ The fault model: what may fail, where, when, and what the system owes in return.
   system call first lets those go whose accesses touch its pages. Owed: the last written byte, or a refusal.
 * A frame goes bad at any moment, and is reported, at any moment after that, once or more often. What is read from a frame
   that is really bad is an error, for everybody. Owed: the frame is never used again; a loss is told to each owner once.
+* The kernel declares a page bad by itself: its content is an error for everybody, and who has it mapped gets SIGBUS for it
+  from then on, also when the manager has put another frame there. Owed: no byte of it; the loss is recorded once reported.
 * A process dies at any moment, in a fault too. What the manager does to a dead process succeeds and does nothing.
 * A file operation takes any time. A read or write may fail, a write half way; others may change the file at any moment, also
   while it is read: then the first half of what was read is older than the second. Owed: never a mix of versions.
@@ -69,11 +71,12 @@ class Sigbus(Exception):
 
 @dataclass(slots=True)
 class SimulatedPage:
-    """A frame in use. `bad`: what is in it is not to be had."""
+    """A frame in use. `bad`: what is in it is not to be had. `held`: the kernel says so, and gives it to nobody again."""
 
     number: int
     content: bytes
     bad: bool = False
+    held: bool = False
 
 
 class Completion:
@@ -132,7 +135,8 @@ class SimulatedFrame:
         return self.page.content
 
     def quarantine(self) -> None:
-        self._machine.quarantine[self.number] += 1
+        if not self.page.held:
+            self._machine.quarantine[self.number] += 1
 
     def release(self) -> None:
         self._machine.let_go(self.page)
@@ -149,6 +153,8 @@ class SimulatedStore:
         self.areas: list[Area] = []
         self.large: set[int] = set()
         """Large frames, by number in the object."""
+        self.marks: set[int] = set()
+        """Pages at which the kernel has left its mark in the manager's own page table: nothing can be published there."""
         self.closed = False
 
     @property
@@ -167,6 +173,7 @@ class SimulatedStore:
             raise NotIsolatedError(errno.EBUSY, f"page {page} is part of a large frame")
         self.pages[page] = None
         self._unmap(page, 1)
+        self.marks.discard(page)
         return SimulatedFrame(self.machine, found)
 
     def drop(self, first: int, count: int) -> None:
@@ -185,6 +192,7 @@ class SimulatedStore:
             if found is not None and page // self._unit not in self.large:
                 self.pages[page] = None
                 self._unmap(page, 1)
+                self.marks.discard(page)
                 self.machine.let_go(found)
         if stays:
             raise NotIsolatedError(errno.EBUSY, "some pages are part of a large frame")
@@ -211,6 +219,9 @@ class SimulatedStore:
 
     def _place(self, first: int, content: bytes) -> None:
         for index in range(len(content) // self.size):
+            self.machine.affected(first + index)
+            if first + index in self.marks:
+                raise FileExistsError(errno.EEXIST, "the kernel's mark is in the page table")
             if self.pages[first + index] is None:
                 part = content[index * self.size : (index + 1) * self.size]
                 self.pages[first + index] = self.machine.new_page(part)
@@ -245,6 +256,21 @@ class SimulatedStore:
             page.content = page.content[:at] + part + page.content[at + len(part) :]
             self.machine.placed(self, index, page.content)
 
+    def goes_bad(self, page: int, *, declared: bool) -> int | None:
+        """The page's frame goes bad; its number. `declared`: the kernel says so to all who map it (linux-facts 26)."""
+        found = self.pages[page]
+        if found is None:
+            return None
+        found.bad = True
+        self.machine.bad.add(found.number)
+        if declared:
+            found.held = True
+            self.marks.add(page)
+            for area in self.areas:
+                if area.entries.get(page, ("", False))[0] == PAGE:
+                    area.entries[page] = (HWPOISON, False)
+        return found.number
+
     def close(self) -> None:
         self.closed = True
         if not self.areas:
@@ -258,9 +284,9 @@ class SimulatedStore:
                 self.pages[index] = None
 
 
-PAGE, WATCHED, POISON, ZEROS = "page", "watched", "poison", "zeros"
+PAGE, WATCHED, POISON, ZEROS, HWPOISON = "page", "watched", "poison", "zeros", "hwpoison"
 """What a page table can have for a page: the object's page; a marker of write protection where there is none; a poison
-marker; a page of zeros of its own."""
+marker; a page of zeros of its own; the kernel's own mark, which stays until the process takes it away (linux-facts 26)."""
 
 
 @dataclass(slots=True, eq=False)
@@ -349,7 +375,7 @@ class Process:
     def touch(self, area: Area, page: int, write: Callable[[bytes], bytes] | None = None) -> bytes | None:
         """Try an access to a page: its content after it, None if the thread sleeps in a fault now. Raises `Sigbus`."""
         kind, protected = area.entries.get(page, ("", False))
-        if kind == POISON:
+        if kind in (POISON, HWPOISON):
             raise Sigbus
         if kind == ZEROS:
             assert write is None, "private views are read-only"
@@ -358,11 +384,11 @@ class Process:
         if found is None:
             self._sleep(area, page, write is not None, protected=False)
             return None
+        if found.bad:
+            raise Sigbus
         if kind != PAGE:
             # The kernel maps what the object has; a marker of write protection goes with it.
             area.entries[page] = (PAGE, protected)
-        if found.bad:
-            raise Sigbus
         if write is not None:
             if protected:
                 self._sleep(area, page, True, protected=True)
@@ -386,7 +412,7 @@ class Process:
         """MADV_DONTNEED: its own pages and poison markers go, markers of write protection stay."""
         for page in range(first, first + count):
             kind, protected = area.entries.get(page, ("", False))
-            if kind in (ZEROS, POISON):
+            if kind in (ZEROS, POISON, HWPOISON):
                 del area.entries[page]
             elif kind == PAGE:
                 del area.entries[page]
@@ -406,11 +432,12 @@ class SimulatedSpace:
         return self._process.pid
 
     def wake(self, address: int, nbytes: int) -> None:
+        self._machine.touched(self._process)
         self._process.wake(address, nbytes)
 
     async def protect(self, address: int, nbytes: int) -> None:
         def change(entry: tuple[str, bool]) -> tuple[str, bool]:
-            return entry if entry[0] == POISON else (entry[0] or WATCHED, True)
+            return entry if entry[0] in (POISON, HWPOISON) else (entry[0] or WATCHED, True)
 
         await self._change("protect", address, nbytes, change)
 
@@ -438,7 +465,7 @@ class SimulatedSpace:
         def change(entry: tuple[str, bool]) -> tuple[str, bool]:
             if found is not None and found[0].store.pages[found[1]] is None:
                 raise OSError(errno.EFAULT, "the page is absent")
-            return entry if entry[0] in (PAGE, ZEROS) else (PAGE, protect)
+            return entry if entry[0] in (PAGE, ZEROS, HWPOISON) else (PAGE, protect)
 
         await self._change("unpoison", address, self._machine.page_size, change)
 
@@ -451,16 +478,19 @@ class SimulatedSpace:
     async def _change(
         self, what: str, address: int, nbytes: int, change: Callable[[tuple[str, bool]], tuple[str, bool]]
     ) -> None:
+        self._machine.touched(self._process)
         size = self._machine.page_size
         found = self._process.area_at(address)
         place = (found[0].store, found[1], nbytes // size) if found else None
 
         def effect() -> None:
+            self._machine.affected(self._process)
             for page in range(nbytes // size):
                 found = self._process.area_at(address + page * size)
                 if found is None:
                     continue
                 area, index = found
+                self._machine.affected(index)
                 entry = change(area.entries.get(index, ("", False)))
                 if entry[0]:
                     area.entries[index] = entry
@@ -474,11 +504,13 @@ class SimulatedSpace:
         return self._process.disposition if self._process.alive else Telling.FATAL
 
     def signal(self, thread: int, address: int) -> None:
+        self._machine.touched(self._process)
         if self._process.alive:
             self._process.signalled.append(address)
             self._process.on_change()
 
     def kill(self) -> None:
+        self._machine.touched(self._process)
         self._process.die()
 
 
@@ -593,6 +625,8 @@ class SimulatedMachine:
 
     `before` is called at the start of each short system call with the store and the pages that it is about, `placed` when a
     page has got content; `choose` is asked which of two things happens; `observe` is given all that these calls answer.
+    `touched` is called at the start of each call that is about a process, and `affected` with each page and process that
+    something has changed which takes time.
     """
 
     def __init__(self, page_size: int = 4096, *, poison_markers: bool = True, budget: dict[str, int] | None = None) -> None:
@@ -606,6 +640,8 @@ class SimulatedMachine:
         self.before: Callable[[SimulatedStore, int, int], None] = _nothing_before
         self.choose: Callable[[Sequence[str]], int] = _first
         self.placed: Callable[[SimulatedStore, int, bytes], None] = _nothing_placed
+        self.touched: Callable[[Process], None] = _unobserved
+        self.affected: Callable[[object], None] = _unobserved
         self.observe: Callable[[object], None] = _unobserved
         self.bad: set[int] = set()
         """Frames that have gone bad, by number."""
@@ -665,7 +701,8 @@ class SimulatedMachine:
 
     def let_go(self, page: SimulatedPage) -> None:
         """The frame goes back to the system."""
-        self.free.append(page.number)
+        if not page.held:
+            self.free.append(page.number)
 
     # --- what the core asks
 

@@ -10,7 +10,8 @@ from itertools import combinations_with_replacement
 
 from hwpoison.simulation.explore import Cell, explore
 from hwpoison.simulation.loop import Mode
-from hwpoison.simulation.world import OPERATIONS, Scenario, applies
+from hwpoison.simulation.operations import OPERATIONS, applies
+from hwpoison.simulation.scenario import Scenario
 
 STATES = {
     "anonymous": ("absent", "present", "lost"),

@@ -6,13 +6,17 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
+
+import msgspec
 
 from hwpoison.core.pages import DIRTY, LOST, POISONED, PRESENT, WRITEBACK
 from hwpoison.simulation.choices import Choices, DivergedError
 from hwpoison.simulation.explore import run
 from hwpoison.simulation.loop import Mode
-from hwpoison.simulation.world import OPERATIONS, Scenario, World
+from hwpoison.simulation.operations import OPERATIONS
+from hwpoison.simulation.scenario import Scenario
+from hwpoison.simulation.world import World
 
 FORMAT = 1
 _FLAGS = {PRESENT: "present", DIRTY: "dirty", WRITEBACK: "on its way", POISONED: "poisoned", LOST: "lost"}
@@ -36,22 +40,17 @@ class SavedRun:
 def load(path: Path) -> SavedRun:
     """Read it. Raises OSError, and ValueError for what is no run of this format."""
     try:
-        document = json.loads(path.read_text())
-        if document["format"] != FORMAT:
-            raise ValueError(f"it has format {document['format']!r}")
-        scenario = document["scenario"]
-        if not all(name in OPERATIONS for name, _ in scenario["operations"]) or document["mode"] not in get_args(Mode):
-            raise ValueError("it has operations or a mode that are unknown")
-        pairs: dict[str, Any] = {key: tuple(map(tuple, scenario[key])) for key in ("operations", "budget")}
-        return SavedRun(
-            Scenario(scenario["kind"], tuple(scenario["states"]), worker=scenario["worker"], **pairs),
-            document["mode"],
-            tuple(map(int, document["choices"])),
-            tuple(map(str, document["names"])),
-            str(document["violation"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
+        document = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        if document.get("format") != FORMAT:
+            raise ValueError(f"it has format {document.get('format')!r}")
+        saved = msgspec.convert(document, SavedRun)
+        scenario = saved.scenario
+        for name, _ in (*scenario.operations, *(one for script in scenario.clients for one in script)):
+            if name not in OPERATIONS:
+                raise ValueError(f"it has an operation {name!r}")
+    except ValueError as error:
         raise ValueError(f"{path} is no run of format {FORMAT}: {error}") from error
+    return saved
 
 
 def named(scenario: Scenario, mode: Mode, choices: tuple[int, ...]) -> SavedRun:
@@ -94,7 +93,7 @@ def run_steps(world: World) -> Iterator[int]:
     loop = world.loop
     loop.enter()
     try:
-        while world.expectation.violation is None and loop.step():
+        while world.expectation.violation is None and world.step():
             world.expectation.look_at_losses()
             world.expectation.check()
             yield loop.steps

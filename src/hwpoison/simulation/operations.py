@@ -1,0 +1,189 @@
+"""What can happen in a simulated world: what clients do and ask for, and what befalls the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any
+
+from hwpoison.core import recovery, writeback
+from hwpoison.core.mappings import Mapping
+from hwpoison.core.records import Report, Source
+from hwpoison.errors import PoisonError
+from hwpoison.simulation.scenario import Step
+
+if TYPE_CHECKING:
+    from hwpoison.simulation.world import World
+
+PAGE_SIZE = 8
+NAME = "a"
+
+
+def token(number: int) -> bytes:
+    """The content of a page, different for each number, in each half."""
+    return number.to_bytes(PAGE_SIZE // 2, "little") * 2
+
+
+# --- what clients ask the manager for --------------------------------------------------------------------------------
+
+
+async def _write(world: World, mapping: Mapping, page: int, data: bytes) -> None:
+    object_ = mapping.object
+    with world.expectation.may_become(page, lambda _: data):
+        try:
+            await recovery.write(world.manager, object_, page * PAGE_SIZE, data)
+        except FileNotFoundError:
+            assert object_.closed
+
+
+async def _write_half(world: World, mapping: Mapping, page: int, data: bytes) -> None:
+    half = PAGE_SIZE // 2
+    with world.expectation.may_become(page, lambda old: data[:half] + old[half:]):
+        try:
+            await recovery.write(world.manager, mapping.object, page * PAGE_SIZE, data[:half])
+        except PoisonError as error:
+            world.expectation.told_lost([one.offset // PAGE_SIZE for one in error.ranges])
+        except FileNotFoundError:
+            assert mapping.object.closed
+
+
+async def _repair(world: World, mapping: Mapping, page: int, data: bytes) -> None:
+    with world.expectation.may_become(page, lambda _: data):
+        await recovery.repair(world.manager, mapping.object, page * PAGE_SIZE, data)
+
+
+async def _discard(world: World, mapping: Mapping, page: int, data: bytes) -> None:
+    with world.expectation.may_be_fresh(page):
+        try:
+            await recovery.discard(world.manager, mapping.object, page, 1)
+        except OSError as error:
+            # The file is shorter now, or could not be read: the page is still lost.
+            assert mapping.object.backing is not None, error
+
+
+async def _flush(world: World, mapping: Mapping, page: int, data: bytes) -> None:
+    world.touched_all()
+    world.expectation.flush_begins(mapping)
+    try:
+        await world.manager.flush(mapping)
+    except OSError:
+        world.expectation.flush_failed(mapping)
+    else:
+        world.expectation.flushed(mapping)
+    world.touched_all()
+
+
+async def _prefetch(world: World, mapping: Mapping, page: int, data: bytes) -> None:
+    await world.manager.prefetch(mapping, page, 1)
+
+
+Request = Callable[["World", Mapping, int, bytes], Coroutine[Any, Any, None]]
+REQUESTS: dict[str, Request] = {
+    "request to write": _write,
+    "request to write half of": _write_half,
+    "repair": _repair,
+    "discard": _discard,
+    "flush": _flush,
+    "prefetch": _prefetch,
+}
+
+
+# --- what happens to the world ---------------------------------------------------------------------------------------
+
+
+async def _report(world: World, page: int) -> None:
+    with world.expectation.reporting(page) as known:
+        known.append(await world.manager.report(Report(name=NAME, offset=page * PAGE_SIZE, source=Source.INJECTED)))
+
+
+async def _hardware(world: World, page: int) -> None:
+    """A frame goes bad, and its number is reported."""
+    number = world.goes_bad(page, declared=False)
+    if number is not None:
+        await world.manager.report(Report(pfn=number))
+
+
+async def _evict(world: World, page: int) -> None:
+    reclaim = world.manager.reclaim
+    reclaim.limit, before = max(0, reclaim.present - 1), reclaim.limit
+    try:
+        await recovery.make_room(world.manager, 0)
+    finally:
+        reclaim.limit = before
+
+
+async def _write_back(world: World, page: int) -> None:
+    """Dirty pages are written back beside everything else, as where room is wanted."""
+    await writeback.write_back_some(world.manager, world.object, 1)
+
+
+STORIES: dict[str, Callable[[World, int], Coroutine[Any, Any, None]]] = {
+    "report": _report,
+    "hardware": _hardware,
+    "evict": _evict,
+    "write back": _write_back,
+}
+
+
+def _truncate(world: World, page: int) -> None:
+    assert world.disk is not None
+    world.disk.truncate(page * PAGE_SIZE)
+    world.expectation.changed_by_others()
+
+
+def _change(world: World, page: int) -> None:
+    assert world.disk is not None
+    world.disk.change(page * PAGE_SIZE, token(99))
+    world.expectation.changed_by_others()
+
+
+def _collapse(world: World, page: int) -> None:
+    """A client has the kernel make a large frame of ours; it does where all pages are present."""
+    if None not in world.store.pages:
+        world.store.large.add(0)
+
+
+def _kernel_poison(world: World, page: int) -> None:
+    """The kernel declares a page bad by itself: it poisons the entries of all who map it, and signals one of them, which
+    tells the manager. Nobody is told of a page that nobody has mapped, until somebody touches it (linux-facts 25, 26)."""
+    tellers = [agent for agent in world.agents if agent.maps(page)]
+    if world.goes_bad(page, declared=True) is None:
+        return
+    world.unreported.add(page)
+    if tellers:
+        world.will_come(f"{tellers[0].name} reports {page}", lambda: tellers[0].report_to_manager(page))
+
+
+CHANGES: dict[str, Callable[[World, int], None]] = {
+    "truncate": _truncate,
+    "change": _change,
+    "collapse": _collapse,
+    "kernel poison": _kernel_poison,
+}
+
+
+# --- what clients do -------------------------------------------------------------------------------------------------
+
+
+def _guarded(page: int, data: bytes) -> list[Step]:
+    return [Step("enter", page), Step("look", page), Step("leave", page)]
+
+
+SCRIPTS: dict[str, Callable[[int, bytes], list[Step]]] = {
+    "read": lambda page, data: [Step("read", page)],
+    "write": lambda page, data: [Step("write", page, data)],
+    "read guarded": _guarded,
+    "die": lambda page, data: [Step("write", page, data)],
+    "close": lambda page, data: [Step("unmap", page), Step("tell", page)],
+    "attach": lambda page, data: [Step("attach", page), Step("read", page)],
+    **{kind: (lambda page, data, kind=kind: [Step(kind, page, data)]) for kind in REQUESTS},  # type: ignore[misc]
+}
+OPERATIONS = (*SCRIPTS, *STORIES, *CHANGES)
+_WRITING = ("write", "die", "request to write", "request to write half of", "repair", "flush", "write back")
+_FILES = ("truncate", "change", "flush", "write back")
+
+
+def applies(kind: str, operation: str) -> bool:
+    """True if there is such an operation on such an object."""
+    if kind == "anonymous":
+        return operation not in _FILES
+    return kind != "read-only" or operation not in _WRITING

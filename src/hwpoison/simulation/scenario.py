@@ -1,0 +1,42 @@
+"""What there is at the beginning of a run, and what will happen in some order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+Operation = tuple[str, int]
+"""The name of one of `operations.OPERATIONS`, and the page that it is about."""
+
+
+class Step(NamedTuple):
+    """One thing that a client does: what, to which page, with what content."""
+
+    kind: str
+    page: int
+    data: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """`kind` is anonymous, read-only, writable, or cached (writable, and all of the file can be had at once); `states` has
+    the state of each page: absent, present, dirty or lost.
+
+    Each of `operations` is done once; those that are a process's by a process of its own. The worker is a process that is
+    always there: it writes to the first page of `worker` and then reads the last (with a read-only object: reads both).
+    `clients` are further processes, each with a list of operations that it does one after the other. `budget`: how often
+    what may go wrong. `death`: the manager may die, once.
+    """
+
+    kind: str
+    states: tuple[str, ...]
+    operations: tuple[Operation, ...]
+    worker: tuple[int, ...] = (0,)
+    budget: tuple[tuple[str, int], ...] = ()
+    clients: tuple[tuple[Operation, ...], ...] = ()
+    death: bool = False
+
+    def __str__(self) -> str:
+        happens = ", ".join(f"{name} {page}" for name, page in self.operations)
+        dies = " and the manager dies" if self.death else ""
+        return f"{self.kind} {' '.join(self.states)}: {happens}{dies}"
