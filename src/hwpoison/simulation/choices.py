@@ -28,7 +28,7 @@ class Happening:
         return self.name if isinstance(self.name, str) else self.name()
 
 
-Hook = Callable[[int, Sequence[object], bool], None]
+Hook = Callable[[int, Sequence[object], bool], int]
 
 
 class Control(SystemExit):
@@ -46,11 +46,11 @@ class PrunedError(Control):
 class Choices:
     """Answers all questions of one run: first those of `prefix`, then the first option, or a random one.
 
-    `names`, if given, are what the choices of the prefix must be called. `hook` sees each new choice before it is made:
-    its number, its options, and whether it is one between two steps (else it is inside one).
+    `names`, if given, are what the choices of the prefix must be called. `hook` is asked for each new choice instead: it is
+    told its number, its options, and whether it is one between two steps (else it is inside one).
     """
 
-    __slots__ = ("_hook", "_names", "_prefix", "_random", "observed", "taken", "told", "widths")
+    __slots__ = ("_hook", "_names", "_prefix", "_random", "footprint", "observed", "taken", "told", "widths")
 
     def __init__(
         self,
@@ -66,6 +66,8 @@ class Choices:
         self._hook = hook
         self.observed: list[object] = []
         """What the machine has answered since the last choice between two steps."""
+        self.footprint: set[object] = set()
+        """What has happened since then has to do with these: pages, processes, and what else the world names."""
         self.taken: list[int] = []
         self.widths: list[int] = []
         self.told: list[str] = []
@@ -78,9 +80,9 @@ class Choices:
             index = self._prefix[number]
             if index >= len(options):
                 raise DivergedError(f"diverged at choice {number}: option {index} of {_listed(options)}")
+        elif self._hook is not None:
+            index = self._hook(number, options, not inside)
         else:
-            if self._hook is not None:
-                self._hook(number, options, not inside)
             index = 0 if self._random is None else self._random.randrange(len(options))
         if self._names is not None:
             name = str(options[index])
@@ -89,6 +91,7 @@ class Choices:
             self.told.append(name)
         if not inside:
             self.observed.clear()
+            self.footprint.clear()
         self.taken.append(index)
         self.widths.append(len(options))
         return index

@@ -17,6 +17,7 @@ from typing import Any
 from hwpoison.simulation.choices import Choices, PrunedError
 from hwpoison.simulation.fingerprint import Fingerprint
 from hwpoison.simulation.loop import Mode
+from hwpoison.simulation.machine import ALL
 from hwpoison.simulation.scenario import Scenario
 from hwpoison.simulation.world import World
 
@@ -96,49 +97,157 @@ def _abandon(tasks: list[asyncio.Task[Any]]) -> None:
             task.exception()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
+class _Node:
+    """A choice between two steps, on the path that is being explored.
+
+    `asleep`: what need not be gone into here, as it leads where another order has led, with all that it has to do with. What
+    has been explored here is added to it.
+    """
+
+    number: int
+    state: int
+    names: list[str]
+    asleep: dict[str, frozenset[object]]
+    now: str = ""
+    """What is being explored."""
+    footprint: set[object] = field(default_factory=set)
+    """What that has to do with, whatever happens within it."""
+
+
 class _Search:
-    """What was met, in this schedule and in all."""
+    """What was met, in this schedule and in all.
 
-    scenario: Scenario
-    mode: Mode
-    visited: set[int] = field(default_factory=set)
-    path: list[tuple[int, int]] = field(default_factory=list)
-    """(number of the choice, state) of the choices between steps on the way."""
-    world: World | None = None
+    `sleeping`: what was explored in one order with something that it has nothing to do with is not explored in the other
+    (sleep sets). The states are the same, only fewer ways lead to each.
+    """
 
-    def hook(self, number: int, options: Sequence[object], outer: bool) -> None:
+    def __init__(self, *, hashing: bool, sleeping: bool) -> None:
+        self._hashing = hashing
+        self._sleeping = sleeping
+        self.visited: dict[int, list[frozenset[str]]] = {}
+        """The states, each with what was asleep when it was gone into."""
+        self.path: list[_Node] = []
+        self.world: World | None = None
+
+    # --- within a schedule
+
+    def hook(self, number: int, options: Sequence[object], outer: bool) -> int:
+        """Which option to take; raises PrunedError where all that can happen was explored before."""
         assert self.world is not None
-        path = self.path
-        while path and path[-1][0] >= number:
-            path.pop()
-        if outer:
-            state = Fingerprint(self.world).value()
-        else:
-            # A coroutine that runs can't be looked at. What has happened in it since the last look follows from what it
-            # was told by the machine.
-            at, before = path[-1] if path else (-1, 0)
-            choices = self.world.choices
-            state = hash((before, tuple(choices.taken[max(at, 0) :]), tuple(choices.observed)))
-        if state in self.visited:
-            if outer and any(known == state for _, known in path):
-                raise PrunedError(LIVELOCK)
+        if not outer:
+            if self._hashing:
+                self._inside()
+            return 0
+        names = _told_apart(options) if self._sleeping else []
+        asleep = self._inherited() if self._sleeping else {}
+        state = Fingerprint(self.world).value() if self._hashing else number
+        if self._hashing:
+            self._go_into(state, frozenset(asleep) if asleep else NOTHING)
+        index = 0
+        if asleep:
+            awake = (index for index, name in enumerate(names) if name not in asleep)
+            index = next(awake, -1)
+            if index < 0:
+                raise PrunedError
+        self.path.append(_Node(number, state, names, asleep, names[index] if names else ""))
+        return index
+
+    def _inside(self) -> None:
+        """A coroutine that runs can't be looked at. What has happened in it since the last look follows from what it was
+        told by the machine."""
+        assert self.world is not None
+        choices = self.world.choices
+        node = self.path[-1] if self.path else None
+        at, before, asleep = (node.number, node.state, node.asleep) if node else (0, 0, {})
+        state = hash((before, tuple(choices.taken[at:]), tuple(choices.observed)))
+        self._go_into(state, frozenset(asleep) if asleep else NOTHING, outer=False)
+
+    def _go_into(self, state: int, asleep: frozenset[str], *, outer: bool = True) -> None:
+        known = self.visited.get(state)
+        if known is None:
+            self.visited[state] = [asleep]
+            return
+        if outer and any(node.state == state for node in self.path):
+            raise PrunedError(LIVELOCK)
+        if any(before <= asleep for before in known):
             raise PrunedError
-        self.visited.add(state)
-        if outer:
-            path.append((number, state))
+        known.append(asleep)
+
+    def _inherited(self) -> dict[str, frozenset[object]]:
+        """What was asleep before the last choice, or explored there, and has nothing to do with what was chosen."""
+        assert self.world is not None
+        if not self.path:
+            return {}
+        done = self.world.choices.footprint
+        self.path[-1].footprint |= done
+        if ALL in done:
+            return {}
+        return {name: touched for name, touched in self.path[-1].asleep.items() if touched.isdisjoint(done)}
+
+    # --- from one to the next
+
+    def next_prefix(self, choices: Choices) -> list[int] | None:
+        """The choices to begin the next schedule with; None if all was explored."""
+        taken, path = choices.taken, self.path
+        if path and self._sleeping:
+            path[-1].footprint |= choices.footprint
+        while taken:
+            number = len(taken) - 1
+            following = taken.pop() + 1
+            node = path[-1] if path and path[-1].number == number else None
+            if node is not None and self._sleeping:
+                if ALL not in node.footprint:
+                    node.asleep[node.now] = frozenset(node.footprint)
+                node.footprint.clear()
+                while following < len(node.names) and node.names[following] in node.asleep:
+                    following += 1
+            if following < choices.widths[number]:
+                if node is not None and self._sleeping:
+                    node.now = node.names[following]
+                return [*taken, following]
+            if node is not None:
+                path.pop()
+        return None
+
+
+NOTHING: frozenset[str] = frozenset()
+
+
+def _told_apart(options: Sequence[object]) -> list[str]:
+    names: list[str] = []
+    for option in options:
+        name = str(option)
+        while name in names:
+            name += "'"
+        names.append(name)
+    return names
 
 
 def explore(
-    scenario: Scenario, mode: Mode = "quiet", *, hashing: bool = True, schedules_max: int | None = None, make: Any = World
+    scenario: Scenario,
+    mode: Mode = "quiet",
+    *,
+    hashing: bool = True,
+    sleeping: bool | None = None,
+    schedules_max: int | None = None,
+    make: Any = World,
 ) -> Cell:
-    """All schedules of `scenario`, or up to the first violation, or to the limit."""
+    """All schedules of `scenario`, or up to the first violation, or to the limit.
+
+    Sleep sets are for quiet mode, where an event and all that the manager does at it are one step; by themselves they are
+    used from two pages on.
+    """
+    if sleeping is None:
+        sleeping = hashing and mode == "quiet" and len(scenario.states) > 1
     cell = Cell(str(scenario))
-    search = _Search(scenario, mode)
-    prefix: list[int] = []
+    search = _Search(hashing=hashing, sleeping=sleeping)
+    prefix: list[int] | None = []
     started = time.perf_counter()
-    while True:
-        choices = Choices(prefix, hook=search.hook if hashing else None)
+    while prefix is not None:
+        if schedules_max is not None and cell.schedules >= schedules_max:
+            break
+        choices = Choices(prefix, hook=search.hook if hashing or sleeping else None)
         world = search.world = make(scenario, choices, mode)
         found = run(scenario, choices, mode, world=world)
         cell.schedules += 1
@@ -146,18 +255,12 @@ def explore(
         if found.violation is not None:
             cell.violation = Violation(found.violation, list(choices.taken))
             break
-        taken, widths = choices.taken, choices.widths
-        while taken and taken[-1] + 1 >= widths[len(taken) - 1]:
-            taken.pop()
-        if not taken:
-            cell.complete = True
-            break
-        prefix = [*taken[:-1], taken[-1] + 1]
+        prefix = search.next_prefix(choices)
         search.world = None
         del world, found, choices
         gc.collect(0)
-        if schedules_max is not None and cell.schedules >= schedules_max:
-            break
+    else:
+        cell.complete = True
     cell.states = len(search.visited)
     cell.seconds = time.perf_counter() - started
     return cell

@@ -34,19 +34,13 @@ from hwpoison.simulation.loop import SimulationLoop, TimedCallback
 from hwpoison.simulation.scenario import Scenario
 from hwpoison.simulation.world import World
 
-_PLAIN = {int, str, bytes, bool, type(None), float}
+_PLAIN = {int, bytes, bool, type(None), float}
 _CODE = (
     types.FrameType, types.FunctionType, types.CodeType, types.ModuleType, type, types.BuiltinFunctionType,
     types.GetSetDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType, types.MethodDescriptorType,
 )  # fmt: skip
 _NOT_HELD = {*_CODE, types.CoroutineType}
 """What a coroutine refers to and does not hold: code, and the coroutine that it waits for, which is looked at by itself."""
-_ITERATORS = {type(iter([])), type(iter(())), type(iter(range(1))), type(iter(deque())), type(zip()), type(enumerate(()))}
-_NAMED = {
-    MemoryManager, World, SimulationLoop, Expectation, machine.SimulatedMachine, machine.SimulatedHits, mappings.ReverseMap,
-    Pages, reclaim.Reclaim, Statistics, Scenario, Agent, Guard,
-}  # fmt: skip
-"""Of these there is one, or its content is part of the fingerprint in another place."""
 
 
 class Fingerprint:
@@ -137,10 +131,9 @@ class Fingerprint:
 
     def _coroutine(self, coroutine: types.CoroutineType[Any, Any, Any]) -> tuple[Any, ...]:
         frame = coroutine.cr_frame
-        return (
-            coroutine.__name__, frame.f_lasti if frame else None,
-            tuple([self.canonical(one) for one in gc.get_referents(coroutine) if type(one) not in _NOT_HELD]),
-        )  # fmt: skip
+        canonical = self.canonical
+        held = [canonical(one) for one in gc.get_referents(coroutine) if type(one) not in _NOT_HELD]
+        return (coroutine.__name__, frame.f_lasti if frame else None, tuple(held))
 
     def _expected(self) -> tuple[Any, ...]:
         expectation = self._world.expectation
@@ -161,33 +154,11 @@ class Fingerprint:
         """The same for values that make no difference."""
         kind = type(value)
         if kind in _PLAIN:
-            if kind is str and value.startswith("sim-"):
-                return self._id(value)
             return value
-        if kind in _NAMED:
-            return kind.__name__
         known = _KNOWN.get(kind)
-        if known is not None:
-            return known(self, value)
-        if isinstance(value, asyncio.Future):
-            if isinstance(value, asyncio.Task):
-                return ("task", value.get_name(), value.done())
-            return self._future(value)
-        if isinstance(value, Enum):
-            return value.value
-        if isinstance(value, BaseException):
-            return (kind.__name__, self.canonical(value.args))
-        if isinstance(value, tuple):
-            return tuple([self.canonical(one) for one in value])
-        if is_dataclass(value):
-            return (kind.__name__, *[self.canonical(getattr(value, one.name)) for one in fields(value)])
-        if kind in _ITERATORS:
-            return (kind.__name__, self.canonical(value.__reduce__()[1:]))
-        if isinstance(value, _CODE):
-            return None
-        if kind.__name__ in ("FutureIter", "coroutine_wrapper", "Context", "weakref", "ReferenceType"):
-            return kind.__name__
-        raise TypeError(f"teach the fingerprint what a {kind.__module__}.{kind.__qualname__} is: {value!r}")
+        if known is None:
+            known = _KNOWN[kind] = _learned(kind, value)
+        return known(self, value)
 
     def _future(self, future: asyncio.Future[Any]) -> tuple[Any, ...]:
         number = self._futures.setdefault(id(future), len(self._futures))
@@ -232,7 +203,43 @@ def _dict(look: Fingerprint, value: dict[Any, Any]) -> Any:
     return tuple([(look.canonical(key), look.canonical(one)) for key, one in value.items()])
 
 
+def _task(look: Fingerprint, value: asyncio.Task[Any]) -> Any:
+    return ("task", value.get_name(), value.done())
+
+
+def _learned(kind: type, value: Any) -> Callable[[Fingerprint, Any], Any]:
+    """How to look at what belongs to a family of types. Raises TypeError for a type of no family that is known."""
+    name = kind.__name__
+    if issubclass(kind, asyncio.Task):
+        return _task
+    if issubclass(kind, asyncio.Future):
+        return Fingerprint._future
+    if issubclass(kind, Enum):
+        return lambda look, value: value.value
+    if issubclass(kind, BaseException):
+        return lambda look, value: (name, look.canonical(value.args))
+    if issubclass(kind, tuple):
+        return _each
+    if is_dataclass(kind):
+        names = [one.name for one in fields(kind)]
+        return lambda look, value: (name, *[look.canonical(getattr(value, one)) for one in names])
+    if issubclass(kind, _CODE):
+        return lambda look, value: None
+    if name in ("FutureIter", "coroutine_wrapper", "Context", "weakref", "ReferenceType"):
+        return lambda look, value: name
+    raise TypeError(f"teach the fingerprint what a {kind.__module__}.{kind.__qualname__} is: {value!r}")
+
+
+_ONLY = (
+    MemoryManager, World, SimulationLoop, Expectation, machine.SimulatedMachine, machine.SimulatedHits, mappings.ReverseMap,
+    Pages, reclaim.Reclaim, Statistics, Scenario, Agent, Guard,
+)  # fmt: skip
+"""Of these there is one, or its content is part of the fingerprint in another place."""
+_ITERATORS: tuple[type, ...] = (type(iter([])), type(iter(())), type(iter(range(1))), type(iter(deque())), type(zip()), type(enumerate(())))
 _KNOWN: dict[type, Callable[[Fingerprint, Any], Any]] = {
+    **{kind: (lambda look, value, name=kind.__name__: name) for kind in _ONLY},  # type: ignore[misc]
+    **{kind: (lambda look, value: (type(value).__name__, look.canonical(value.__reduce__()[1:]))) for kind in _ITERATORS},
+    str: lambda look, value: look._id(value) if value.startswith("sim-") else value,
     list: _each,
     tuple: _each,
     deque: _each,

@@ -54,6 +54,8 @@ FIRST_FRAME = 16
 THREAD = 0
 BASE = 1 << 32
 """Where a process has its first mapping."""
+MANAGER, ALL = "manager", "all"
+"""What can be affected, beside pages and processes."""
 
 
 class Fault(NamedTuple):
@@ -94,6 +96,7 @@ class Completion:
 
     def happen(self) -> None:
         self.waiting.machine.waiting.remove(self.waiting)
+        self.waiting.machine.affected(MANAGER)
         # A caller that has given up cancels its waiting, not the operation.
         future = self.waiting.future
         try:
@@ -625,8 +628,8 @@ class SimulatedMachine:
 
     `before` is called at the start of each short system call with the store and the pages that it is about, `placed` when a
     page has got content; `choose` is asked which of two things happens; `observe` is given all that these calls answer.
-    `touched` is called at the start of each call that is about a process, and `affected` with each page and process that
-    something has changed which takes time.
+    `touched` is called at the start of each call that is about a process, and `affected` with all that the end of something
+    which takes time has to do with.
     """
 
     def __init__(self, page_size: int = 4096, *, poison_markers: bool = True, budget: dict[str, int] | None = None) -> None:

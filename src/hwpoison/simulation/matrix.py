@@ -1,4 +1,8 @@
-"""The cells that are explored: every state of a page with every pair of operations, beside a client that always works."""
+"""The cells that are explored: every state of a page with every pair of operations, beside a client that always works.
+
+There are three matrices: `pairs` on one page, `two_pages`, and `deaths`, each operation by itself with the manager's death at
+every choice.
+"""
 
 from __future__ import annotations
 
@@ -27,16 +31,50 @@ BUDGETS: dict[str, tuple[tuple[str, int], ...]] = {
     "cached": (("marker lost", 1),),
 }
 """What may go wrong beside the operations, and how often in a run."""
+VARIANTS = ("request to write half of", "hardware", "change", "collapse")
+"""Operations that differ little from others. They are left out where time is short, with what little a cached file adds."""
 
 
-def pairs(*, misfortunes: bool = False) -> Iterator[Scenario]:
-    """One page, in each state, with each pair of operations on it; `misfortunes`: one more thing may go wrong beside."""
+def _cells(variants: bool) -> Iterator[tuple[str, str, list[str]]]:
+    """(kind, state, operations)."""
     for kind, states in STATES.items():
         operations = [one for one in OPERATIONS if applies(kind, one)]
-        for state in states:
-            for first, second in combinations_with_replacement(operations, 2):
-                budget = BUDGETS[kind] if misfortunes else ()
-                yield Scenario(kind, (state,), ((first, 0), (second, 0)), budget=budget)
+        if not variants:
+            operations = [one for one in operations if one not in VARIANTS and not (kind == "cached" and one == "die")]
+        # What can be had at once from a cached file makes a difference where the page is absent.
+        for state in states if variants or kind != "cached" else ("absent",):
+            yield kind, state, operations
+
+
+def pairs(*, misfortunes: bool = False, variants: bool = True) -> Iterator[Scenario]:
+    """One page, in each state, with each pair of operations on it; `misfortunes`: one more thing may go wrong beside."""
+    for kind, state, operations in _cells(variants):
+        for first, second in combinations_with_replacement(operations, 2):
+            budget = BUDGETS[kind] if misfortunes else ()
+            yield Scenario(kind, (state,), ((first, 0), (second, 0)), budget=budget)
+
+
+def two_pages() -> Iterator[Scenario]:
+    """Two pages, both in each state, with an operation on each; the worker writes to the first and reads the second."""
+    for kind, state, operations in _cells(variants=False):
+        if kind == "cached":
+            continue
+        for first, second in combinations_with_replacement(operations, 2):
+            yield Scenario(kind, (state, state), ((first, 0), (second, 1)), worker=(0, 1))
+
+
+def deaths() -> Iterator[Scenario]:
+    """One page, in each state, with each operation, and the manager's death at every choice."""
+    for kind, state, operations in _cells(variants=True):
+        for operation in operations:
+            yield Scenario(kind, (state,), ((operation, 0),), death=True)
+
+
+MATRICES: dict[str, Callable[[], Iterator[Scenario]]] = {
+    "pairs": pairs,
+    "two-pages": two_pages,
+    "deaths": deaths,
+}
 
 
 def explore_all(

@@ -16,14 +16,12 @@ from hwpoison.simulation.agents import Agent
 from hwpoison.simulation.choices import Choices, Control, Event, Happening
 from hwpoison.simulation.invariants import Expectation
 from hwpoison.simulation.loop import Mode, SimulationLoop
-from hwpoison.simulation.machine import PAGE, Disk, Process, SimulatedFile, SimulatedMachine, SimulatedStore
+from hwpoison.simulation.machine import ALL, MANAGER, PAGE, Disk, Process, SimulatedFile, SimulatedMachine, SimulatedStore
 from hwpoison.simulation.operations import CHANGES, NAME, PAGE_SIZE, SCRIPTS, STORIES, token
 from hwpoison.simulation.scenario import Operation, Scenario, Step
 
 NO_LIMIT = 1 << 40
 """A memory limit in bytes that is never met: so that pages have ages, and can be evicted."""
-MANAGER, ALL = "manager", "all"
-"""Of what a footprint can consist beside pages and processes."""
 DEATH = "the manager dies"
 
 
@@ -36,8 +34,6 @@ class World:
 
     def __init__(self, scenario: Scenario, choices: Choices, mode: Mode = "quiet") -> None:
         self.scenario = scenario
-        self.footprint: set[object] = set()
-        """What the steps since it was last cleared have to do with: pages, processes, the manager (see `explore`)."""
         self.machine = SimulatedMachine(PAGE_SIZE, budget=dict(scenario.budget))
         self.machine.before = self._before
         self.machine.touched = self._touched_by_call
@@ -45,6 +41,7 @@ class World:
         self.machine.observe = choices.observed.append
         self.machine.choose = lambda options: choices.pick(options, inside=True)
         self.choices = choices
+        self.footprint = choices.footprint
         self.loop = SimulationLoop(choices, self.outside, mode)  # type: ignore[abstract]
         self.manager = MemoryManager(self.machine, self, instance="sim", memory_limit=NO_LIMIT)
         self.events: list[LogEvent] = []
@@ -243,7 +240,7 @@ class World:
         for waiting in self.machine.waiting:
             waiting.future = self.loop.create_future()
 
-    # --- what a step has to do with
+    # --- what a step has to do with: two that have nothing in common can change places (see `explore`)
 
     def touched(self, what: object) -> None:
         """A page or a process."""
