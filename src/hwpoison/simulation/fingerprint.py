@@ -132,7 +132,7 @@ class Fingerprint:
     def _coroutine(self, coroutine: types.CoroutineType[Any, Any, Any]) -> tuple[Any, ...]:
         frame = coroutine.cr_frame
         canonical = self.canonical
-        held = [canonical(one) for one in gc.get_referents(coroutine) if type(one) not in _NOT_HELD]
+        held = [canonical(one) for one in _referents(coroutine) if type(one) not in _NOT_HELD]
         return (coroutine.__name__, frame.f_lasti if frame else None, tuple(held))
 
     def _expected(self) -> tuple[Any, ...]:
@@ -171,6 +171,15 @@ class Fingerprint:
         return self._frames.setdefault(number, len(self._frames))
 
 
+def _referents(suspended: Any) -> list[Any]:
+    """What a coroutine or generator holds. Behind it comes the exception that it handles: None, or nothing if no function
+    that it has called ever handled one, which depends on what was cached, and makes no difference."""
+    referents = gc.get_referents(suspended)
+    if referents and referents[-1] is None:
+        referents.pop()
+    return referents
+
+
 def _held(look: Fingerprint, value: locks.Held) -> Any:
     return ("held", value.first, value.end, look.canonical(value.granted))
 
@@ -191,7 +200,7 @@ def _timeout(look: Fingerprint, value: Timeout) -> Any:
 
 def _generator(look: Fingerprint, value: Any) -> Any:
     frame = value.gi_frame
-    referents = [look.canonical(one) for one in gc.get_referents(value) if not isinstance(one, _CODE)]
+    referents = [look.canonical(one) for one in _referents(value) if not isinstance(one, _CODE)]
     return ("generator", value.__name__, frame.f_lasti if frame else None, tuple(referents))
 
 
@@ -235,7 +244,14 @@ _ONLY = (
     Pages, reclaim.Reclaim, Statistics, Scenario, Agent, Guard,
 )  # fmt: skip
 """Of these there is one, or its content is part of the fingerprint in another place."""
-_ITERATORS: tuple[type, ...] = (type(iter([])), type(iter(())), type(iter(range(1))), type(iter(deque())), type(zip()), type(enumerate(())))
+_ITERATORS: tuple[type, ...] = (
+    type(iter([])),
+    type(iter(())),
+    type(iter(range(1))),
+    type(iter(deque())),
+    type(zip()),
+    type(enumerate(())),
+)
 _KNOWN: dict[type, Callable[[Fingerprint, Any], Any]] = {
     **{kind: (lambda look, value, name=kind.__name__: name) for kind in _ONLY},  # type: ignore[misc]
     **{kind: (lambda look, value: (type(value).__name__, look.canonical(value.__reduce__()[1:]))) for kind in _ITERATORS},

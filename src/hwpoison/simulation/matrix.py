@@ -1,7 +1,7 @@
 """The cells that are explored: every state of a page with every pair of operations, beside a client that always works.
 
-There are three matrices: `pairs` on one page, `two_pages`, and `deaths`, each operation by itself with the manager's death at
-every choice.
+There are three matrices: `pairs` on one page, `two_pages`, and `deaths`, each operation by itself with the manager's death
+at every choice.
 """
 
 from __future__ import annotations
