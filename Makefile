@@ -73,6 +73,7 @@ check: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy --strict
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python tools/sets.py src/hwpoison/core
 
 explore: setup
 	$(BIN)/hwpoison explore --exhaustive --misfortunes

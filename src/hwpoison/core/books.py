@@ -45,7 +45,7 @@ class Books:
         self._numbers = 0
         self._objects: dict[str, MemoryObject] = {}
         self._clients: dict[int, Client] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], None] = {}
 
     # --- what there is
 
@@ -125,11 +125,11 @@ class Books:
     def start(self, story: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """Run `story` beside everything else. Its errors are defects."""
         task = asyncio.get_running_loop().create_task(story, name=name)
-        self._tasks.add(task)
+        self._tasks[task] = None
         task.add_done_callback(self._ended)
         return task
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+        del self._tasks[task]
         if not task.cancelled() and (error := task.exception()) is not None:
             self.observer.defect(task.get_name(), error)

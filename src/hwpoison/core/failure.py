@@ -391,5 +391,5 @@ TABLE: tuple[Row, ...] = (
 )  # fmt: skip
 """All that a page can be. `docs/states.md` is made from this."""
 
-DECIDED_WITHOUT_LOCK = frozenset({State.RESERVED, State.ALREADY_POISONED, State.UNKNOWN})
+DECIDED_WITHOUT_LOCK = (State.RESERVED, State.ALREADY_POISONED, State.UNKNOWN)
 """States that no wait can change."""

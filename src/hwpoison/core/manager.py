@@ -180,7 +180,7 @@ class MemoryManager(Books):
     def unmap(self, mapping: Mapping) -> None:
         """The mapping is gone from the client's address space."""
         if mapping in mapping.client.vacated:
-            mapping.client.vacated.remove(mapping)
+            del mapping.client.vacated[mapping]
         else:
             mapping.client.remove(mapping)
             mapping.object.mappings.remove(mapping)
@@ -190,7 +190,7 @@ class MemoryManager(Books):
         """The addresses show something else by now. The mapping ends when the client says so."""
         mapping.client.remove(mapping)
         mapping.object.mappings.remove(mapping)
-        mapping.client.vacated.add(mapping)
+        mapping.client.vacated[mapping] = None
 
     # --- what happens
 

@@ -55,7 +55,7 @@ class Mapping:
         self.reads: dict[int, int] = {}
         self.writes: dict[int, int] = {}
         self.error_seen = object_.error_sequence
-        self._answers: set[asyncio.Future[None]] = set()
+        self._answers: dict[asyncio.Future[None], None] = {}
 
     @property
     def end_address(self) -> int:
@@ -76,11 +76,11 @@ class Mapping:
     def answering(self) -> Iterator[None]:
         """While an access to a lost page gets its answer: zeros or a poison marker."""
         answer = asyncio.get_running_loop().create_future()
-        self._answers.add(answer)
+        self._answers[answer] = None
         try:
             yield
         finally:
-            self._answers.discard(answer)
+            del self._answers[answer]
             answer.set_result(None)
 
     async def answered(self) -> None:
@@ -105,7 +105,7 @@ class Client:
         self.alive = True
         self._addresses: list[int] = []
         self._mappings: list[Mapping] = []
-        self.vacated: set[Mapping] = set()
+        self.vacated: dict[Mapping, None] = {}
         """Mappings whose addresses show something else by now, and whose end the client has not told yet."""
         self.told: dict[tuple[int, int], int] = {}
         """How often each (thread, address) was sent SIGBUS for the same loss, where there are no poison markers."""

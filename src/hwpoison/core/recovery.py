@@ -164,7 +164,7 @@ def lose_block(books: Books, object_: MemoryObject, page: int, loss: Loss) -> tu
     # Before all else: until this is done, what is left of the frame reads as zeros.
     object_.store.drop(first, count)
     present = list(object_.pages.runs(PRESENT, first, count))
-    changed = {page for page in range(first, first + count) if object_.pages.flags[page] & (DIRTY | WRITEBACK)}
+    changed: set[int] = {page for page in range(first, first + count) if object_.pages.flags[page] & (DIRTY | WRITEBACK)}
     if changed:
         object_.error_sequence += 1
     victims: set[int] = set()

@@ -1,0 +1,53 @@
+"""Finds sets whose order would differ from run to run: `.venv/bin/python tools/sets.py src/hwpoison/core`.
+
+Iteration over a set goes by the hashes of its members. Only those of numbers are the same in every run, so in code that is
+to do the same in every run a set is declared as `set[int]`, or sorted; what else would be a set is a dict, which keeps its
+order.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+NAMES = ("set", "frozenset")
+ALLOWED = ("set[int]", "frozenset[int]")
+
+
+def unordered(tree: ast.AST) -> Iterator[int]:
+    """The lines on which a set is made or declared that is not one of numbers."""
+    harmless = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) in ALLOWED:
+            harmless.add(node.value)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "sorted":
+            harmless.update(node.args)
+    for node in ast.walk(tree):
+        if node not in harmless and (_declares(node) or _makes(node)):
+            yield node.lineno  # type: ignore[attr-defined]
+
+
+def _declares(node: ast.AST) -> bool:
+    return isinstance(node, ast.Subscript) and ast.unparse(node.value) in NAMES and ast.unparse(node) not in ALLOWED
+
+
+def _makes(node: ast.AST) -> bool:
+    called = isinstance(node, ast.Call) and ast.unparse(node.func) in NAMES
+    return called or isinstance(node, ast.Set | ast.SetComp)
+
+
+def main(folder: str) -> int:
+    """Say where; the exit status."""
+    found = [
+        f"{path}:{line}: a set of what are not numbers has no order that is the same in every run: use a dict or a tuple"
+        for path in sorted(Path(folder).rglob("*.py"))
+        for line in sorted(set(unordered(ast.parse(path.read_text()))))
+    ]
+    print("\n".join(found) or "No set without an order.")
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
