@@ -2,11 +2,54 @@
 
 from __future__ import annotations
 
-from hwpoison.simulation.matrix import explore_all, pairs
+from collections.abc import Iterable
+
+import pytest
+
+from hwpoison.simulation.explore import explore
+from hwpoison.simulation.matrix import STATES, deaths, explore_all, pairs, two_pages
+from hwpoison.simulation.operations import OPERATIONS, applies
+from hwpoison.simulation.scenario import Scenario
+
+
+def explored(scenarios: Iterable[Scenario]) -> int:
+    """How many cells there are, all of which end well in every order."""
+    cells = explore_all(scenarios)
+    assert [(cell.scenario, cell.violation.sentence) for cell in cells if cell.violation is not None] == []
+    assert [cell.scenario for cell in cells if not cell.complete] == []
+    return len(cells)
 
 
 def test_in_every_order_every_pair_of_operations_ends_well() -> None:
-    cells = explore_all(pairs())
-    assert [(cell.scenario, cell.violation.sentence) for cell in cells if cell.violation is not None] == []
-    assert [cell.scenario for cell in cells if not cell.complete] == []
-    assert len(cells) > 1500
+    assert explored(pairs(variants=False)) > 1000
+
+
+def test_wherever_the_manager_dies_nobody_reads_a_wrong_byte() -> None:
+    assert explored(deaths()) > 200
+
+
+def test_each_matrix_has_every_state_with_every_operation_that_there_is() -> None:
+    wanted = {
+        (kind, state, operation)
+        for kind, states in STATES.items()
+        for state in states
+        for operation in OPERATIONS
+        if applies(kind, operation)
+    }
+    for matrix in (pairs(), deaths()):
+        scenarios = list(matrix)
+        assert len({str(one) for one in scenarios}) == len(scenarios)
+        found = {(one.kind, one.states[0], name) for one in scenarios for name, _ in one.operations}
+        assert found == wanted
+    assert {page for one in two_pages() for _, page in one.operations} == {0, 1}
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_the_manager_may_die_between_any_two_of_its_system_calls(kind: str) -> None:
+    operations = (("report", 0),)
+    without = explore(Scenario(kind, ("present",), operations))
+    dying = explore(Scenario(kind, ("present",), operations, death=True))
+    # Each state that is met without it can be the last one of the manager, and each system call that it has begun.
+    assert without.complete
+    assert dying.complete
+    assert dying.schedules > 2 * without.schedules

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 @click.option("--replay", metavar="FILE", type=click.Path(path_type=Path), help="Tell a run again, step by step.")
 @click.option("--mode", type=click.Choice(["quiet", "batch"]), default="quiet", show_default=True,
               help="When something from outside may come: if nothing is ready, or several at once.")  # fmt: skip
+@click.option("--matrix", type=click.Choice(["pairs", "two-pages", "deaths"]), default="pairs", show_default=True,
+              help="Pairs of operations on one page, on two, or each operation with the manager's death.")  # fmt: skip
 @click.option("--misfortunes", is_flag=True, help="One write or read may fail, or one marker be lost, beside all else.")
 @click.option("--limit", metavar="N", type=click.IntRange(1), help="At most so many schedules a cell.")
 @click.option("--save", metavar="FOLDER", type=click.Path(path_type=Path, file_okay=False), help="Save runs that fail.")
@@ -31,6 +33,7 @@ def explore(
     mutants: bool,
     replay: Path | None,
     mode: str,
+    matrix: str,
     misfortunes: bool,
     limit: int | None,
     save: Path | None,
@@ -48,7 +51,7 @@ def explore(
         raise click.UsageError("say one of --exhaustive, --mutants, --replay FILE")
     if replay is not None:
         return _replay(replay)
-    return _mutants(limit, as_json) if mutants else _exhaustive(mode, misfortunes, limit, save, as_json)
+    return _mutants(limit, as_json) if mutants else _exhaustive(mode, matrix, misfortunes, limit, save, as_json)
 
 
 def _replay(path: Path) -> int:
@@ -71,10 +74,12 @@ def _replay(path: Path) -> int:
     return FOUND if again.violation else FINE
 
 
-def _exhaustive(mode: Any, misfortunes: bool, limit: int | None, save: Path | None, as_json: bool) -> int:
-    from hwpoison.simulation.matrix import explore_all, pairs
+def _exhaustive(mode: Any, matrix: str, misfortunes: bool, limit: int | None, save: Path | None, as_json: bool) -> int:
+    from hwpoison.simulation.matrix import MATRICES, explore_all, pairs
 
-    scenarios = list(pairs(misfortunes=misfortunes))
+    if misfortunes and matrix != "pairs":
+        raise click.UsageError("--misfortunes goes with the matrix of pairs")
+    scenarios = list(pairs(misfortunes=misfortunes) if matrix == "pairs" else MATRICES[matrix]())
     started = time.monotonic()
     counted = [0, 0]
 
@@ -94,8 +99,9 @@ def _exhaustive(mode: Any, misfortunes: bool, limit: int | None, save: Path | No
     complete = sum(cell.complete for cell in cells)
     if as_json:
         print_json({
-            "mode": mode, "pairs": len(cells), "schedules": schedules, "steps": steps, "violations": len(found),
-            "complete": complete == len(cells), "seconds": seconds, "cells": [asdict(cell) for cell in cells],
+            "mode": mode, "matrix": matrix, "pairs": len(cells), "schedules": schedules, "steps": steps,
+            "violations": len(found), "complete": complete == len(cells), "seconds": seconds,
+            "cells": [asdict(cell) for cell in cells],
         })  # fmt: skip
         return FOUND if found else FINE
     for cell in found:
@@ -105,7 +111,8 @@ def _exhaustive(mode: Any, misfortunes: bool, limit: int | None, save: Path | No
         if not cell.complete and cell.violation is None:
             click.echo(f"{cell.scenario}: not complete after {cell.schedules:,} schedules")
     rate = schedules / seconds / (os.cpu_count() or 1)
-    click.echo(f"{len(cells)} cells, {complete} complete; {schedules:,} schedules, {steps:,} steps in {seconds:.0f} s: "
+    share = f"{complete} complete ({complete / len(cells):.1%})"
+    click.echo(f"{len(cells)} cells, {share}; {schedules:,} schedules, {steps:,} steps in {seconds:.0f} s: "
                f"{rate:,.0f} schedules a second and core")  # fmt: skip
     click.echo(paint(f"{len(found)} violations", colour="red") if found else paint("Everything holds.", colour="green"))
     return FOUND if found else FINE

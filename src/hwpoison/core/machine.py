@@ -15,8 +15,6 @@ from typing import NamedTuple, Protocol, overload
 
 Content = bytes | bytearray | memoryview
 
-LARGE_FRAME_BYTES = 2 << 20
-"""The aligned unit that may be one large frame, if all its pages are present."""
 Runs = Callable[[], Iterable[tuple[int, int]]]
 """Gives (first, count) of runs of pages."""
 
@@ -116,7 +114,7 @@ class Store(Protocol):
         """Remove pages from the object and every process, and let their frames go.
 
         Raises `NotIsolatedError` if some are still there afterwards, with whatever content: a part of a large frame that
-        somebody holds is only emptied. Whole units of `LARGE_FRAME_BYTES` always go.
+        somebody holds is only emptied. Whole units of `Machine.large_frame_bytes` always go.
         """
 
     def publish(self, first: int, content: Content) -> None:
@@ -215,6 +213,10 @@ class Machine(Protocol):
 
     @property
     def page_size(self) -> int: ...
+
+    @property
+    def large_frame_bytes(self) -> int:
+        """The aligned unit of an object that may be one large frame, if all its pages are present."""
 
     @property
     def poison_markers(self) -> bool:

@@ -97,7 +97,10 @@ class MemoryManager(Books):
         store = self.machine.create(name, nbytes)
         self._numbers += 1
         try:
-            object_ = MemoryObject(self._numbers, name, nbytes, self.machine.page_size, store, backing, self.machine.table)
+            machine = self.machine
+            object_ = MemoryObject(
+                self._numbers, name, nbytes, machine.page_size, store, backing, machine.table, machine.large_frame_bytes
+            )
         except MemoryError:
             store.close()
             raise

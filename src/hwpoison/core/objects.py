@@ -96,6 +96,7 @@ class MemoryObject:
         store: Store,
         backing: Backing | None = None,
         table: Callable[[int], Table] = bytearray,
+        large_frame_bytes: int = 1 << 21,
     ) -> None:
         self.number = number
         self.name = name
@@ -103,6 +104,8 @@ class MemoryObject:
         self.page_size = page_size
         self.store = store
         self.backing = backing
+        self.unit_pages = max(1, large_frame_bytes // page_size)
+        """Pages of the aligned unit that may be one large frame."""
         self.pages = Pages(-(-nbytes // page_size), table)
         self.locks = RangeLocks()
         self.mappings = ReverseMap()

@@ -4,10 +4,10 @@ Age is one byte a page: the generation in which it came. A generation ends when 
 "least recently" is right to that grain. When the byte has no value left, what remains of the oldest generation joins the
 next one: their order is lost, which matters little at such an age.
 
-A unit of `LARGE_FRAME_BYTES` that is present as a whole goes as a whole, or stays. Objects refuse large frames, but whoever
-has the memory can have the kernel make one of such a unit all the same, and a part of it that is taken out while somebody
-holds the frame would stay, and read as zeros. With a page absent it is never made one: the kernel leaves those absent for
-which a userfaultfd wants to be asked.
+A unit (`Machine.large_frame_bytes`) that is present as a whole goes as a whole, or stays. Objects refuse large frames, but
+whoever has the memory can have the kernel make one of such a unit all the same, and a part of it that is taken out while
+somebody holds the frame would stay, and read as zeros. With a page absent it is never made one: the kernel leaves those
+absent for which a userfaultfd wants to be asked.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from hwpoison.core.accounting import Statistics
-from hwpoison.core.machine import LARGE_FRAME_BYTES
 from hwpoison.core.objects import MemoryObject
 from hwpoison.core.pages import PRESENT
 
@@ -103,7 +102,7 @@ class Reclaim:
 
     def _oldest_run_of(self, object_: MemoryObject, wanted: int) -> tuple[int, int] | None:
         """(first, count) of pages to drop; those of the oldest generation that can't go become young again."""
-        pages, unit_pages = object_.pages, object_.pages_in(LARGE_FRAME_BYTES)
+        pages, unit_pages = object_.pages, object_.unit_pages
         page = pages.find_generation(self._oldest)
         while page >= 0:
             unit = page // unit_pages * unit_pages

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from hwpoison.core.books import Books
-from hwpoison.core.machine import LARGE_FRAME_BYTES, Content, Frame, NotIsolatedError
+from hwpoison.core.machine import Content, Frame, NotIsolatedError
 from hwpoison.core.objects import Backing, Loss, MemoryObject
 from hwpoison.core.pages import DIRTY, LOST, POISONED, PRESENT, WRITEBACK
 from hwpoison.core.policy import tell_owners
@@ -158,7 +158,7 @@ def isolate(object_: MemoryObject, page: int, number: int | None = None) -> Fram
 
 def lose_block(books: Books, object_: MemoryObject, page: int, loss: Loss) -> tuple[int, ...]:
     """The large frame that holds `page` can't be split: all its present pages are dropped and lost."""
-    block = object_.pages_in(LARGE_FRAME_BYTES)
+    block = object_.unit_pages
     first = page // block * block
     count = min(block, object_.pages.count - first)
     # Before all else: until this is done, what is left of the frame reads as zeros.

@@ -11,7 +11,6 @@ import errno
 from collections.abc import Iterable, Iterator
 
 from hwpoison.core.books import WINDOW_BYTES, Books
-from hwpoison.core.machine import LARGE_FRAME_BYTES
 from hwpoison.core.mappings import Mapping
 from hwpoison.core.objects import MemoryObject
 from hwpoison.core.pages import DIRTY, POISONED, PRESENT, WRITEBACK
@@ -85,7 +84,7 @@ async def write_back_some(books: Books, object_: MemoryObject, wanted: int) -> N
             _note(books, object_, error)
             return
         wanted -= count
-        unit_pages = object_.pages_in(LARGE_FRAME_BYTES)
+        unit_pages = object_.unit_pages
         last = (first + count - 1) // unit_pages * unit_pages + unit_pages - 1
 
 

@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from hwpoison.core.machine import LARGE_FRAME_BYTES
 from hwpoison.linux import syscalls, userfaultfd
 from hwpoison.linux.frames import HARD_OFFLINE, PageMap
 from hwpoison.linux.machine import LinuxMachine
@@ -109,7 +108,7 @@ def _object() -> Iterator[LinuxStore]:
     """The memory of an object in which a huge page would have room."""
     machine = LinuxMachine()
     try:
-        store = machine.create("doctor", 2 * LARGE_FRAME_BYTES)
+        store = machine.create("doctor", 2 * machine.large_frame_bytes)
         try:
             yield store
         finally:

@@ -22,6 +22,16 @@ SEARCHED_PAGES = 1 << 16
 HARD_OFFLINE = "/sys/devices/system/memory/hard_offline_page"
 
 
+def large_frame_bytes() -> int:
+    """What one entry of the second lowest page tables covers: 2 MiB with pages of 4 KiB, 512 MiB with 64 KiB."""
+    try:
+        with open("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size") as size:
+            return int(size.read())
+    except OSError:
+        # A kernel without transparent huge pages. A table is a page, and an entry has 8 bytes.
+        return PAGE_SIZE * (PAGE_SIZE // 8)
+
+
 class PageMap:
     """A process's page table: /proc/PID/pagemap."""
 

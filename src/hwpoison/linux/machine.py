@@ -28,6 +28,7 @@ class LinuxMachine:
     """The operating system. `keep` is given each new quarantine pipe; `wanted` leaves features out, for tests."""
 
     page_size = PAGE_SIZE
+    large_frame_bytes = frames.large_frame_bytes()
 
     def __init__(
         self,

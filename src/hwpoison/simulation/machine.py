@@ -32,7 +32,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from hwpoison.core.machine import (
-    LARGE_FRAME_BYTES,
     Content,
     Identity,
     NotIsolatedError,
@@ -162,7 +161,7 @@ class SimulatedStore:
 
     @property
     def _unit(self) -> int:
-        return LARGE_FRAME_BYTES // self.size
+        return self.machine.large_frame_bytes // self.size
 
     def take(self, page: int, number: int | None = None) -> SimulatedFrame | None:
         self.machine.before(self, page, 1)
@@ -632,8 +631,16 @@ class SimulatedMachine:
     which takes time has to do with.
     """
 
-    def __init__(self, page_size: int = 4096, *, poison_markers: bool = True, budget: dict[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        page_size: int = 4096,
+        large_frame_bytes: int = 2 << 20,
+        *,
+        poison_markers: bool = True,
+        budget: dict[str, int] | None = None,
+    ) -> None:
         self.page_size = page_size
+        self.large_frame_bytes = large_frame_bytes
         self.poison_markers = poison_markers
         self.budget = Counter(budget or {})
         self.waiting: list[Waiting] = []
@@ -716,7 +723,7 @@ class SimulatedMachine:
 
     def table(self, nbytes: int) -> Table:
         try:
-            return bytearray(nbytes) if nbytes < LARGE_FRAME_BYTES else mmap.mmap(-1, nbytes)
+            return bytearray(nbytes) if nbytes < 1 << 20 else mmap.mmap(-1, nbytes)
         except (OSError, OverflowError) as error:
             raise MemoryError(f"no table of {nbytes} bytes: {error}") from error
 

@@ -31,7 +31,7 @@ BUDGETS: dict[str, tuple[tuple[str, int], ...]] = {
     "cached": (("marker lost", 1),),
 }
 """What may go wrong beside the operations, and how often in a run."""
-VARIANTS = ("request to write half of", "hardware", "change", "collapse")
+VARIANTS = ("read guarded twice", "request to write half of", "hardware", "change", "collapse")
 """Operations that differ little from others. They are left out where time is short, with what little a cached file adds."""
 
 
@@ -59,6 +59,9 @@ def two_pages() -> Iterator[Scenario]:
     for kind, state, operations in _cells(variants=False):
         if kind == "cached":
             continue
+        if state == "present":
+            # Where all pages are there, they can become one large frame.
+            operations.append("collapse")
         for first, second in combinations_with_replacement(operations, 2):
             yield Scenario(kind, (state, state), ((first, 0), (second, 1)), worker=(0, 1))
 

@@ -230,6 +230,24 @@ MUTANTS = (
         "            if range_ not in self._held:\n",
     ),
     Mutant(
+        "a loss shown as zeros is not counted", "linux-facts 19: the manager records the hit, then answers",
+        "a guard ends as if its zeros were the content", POLICY,
+        "            mapping.hits.hit()\n", "",
+    ),
+    Mutant(
+        "a large frame is believed isolated", "linux-facts 11: a punch that returned 0 may have isolated nothing",
+        "a page stays in its bad frame", FAILURE,
+        "    if frame is None:\n        return _lose_block(handling)\n"
+        "    isolated = _quarantine(handling, frame)\n    await object_.watch",
+        "    if frame is None:\n        return Outcome.RECOVERED\n"
+        "    isolated = _quarantine(handling, frame)\n    await object_.watch",
+    ),
+    Mutant(
+        "one page of a large frame is named", "Linux: the wrong page of a huge page was reported",
+        "its neighbours are gone, and nobody is told", RECOVERY,
+        "    present = list(object_.pages.runs(PRESENT, first, count))\n", "    present = [(page, 1)]\n",
+    ),
+    Mutant(
         "flush says it never", "Linux: an error is told to whoever syncs, once (errseq_t)",
         "a flush succeeds although changes are lost", FAILURE,
         "        object_.error_sequence += 1\n    if frame is None:\n", "        pass\n    if frame is None:\n",
@@ -256,6 +274,13 @@ _KNOWN_CELLS = {
     "an error leaves the page clean": "writable absent: read 0, evict 0",
     "one write overtakes another": "writable absent: flush 0, flush 0",
     "flush says it never": "writable absent: flush 0, report 0",
+    "a large frame is believed isolated": "read-only present: hardware 0, collapse 0",
+    "markers stay after a repair": "anonymous lost: read 0, repair 0",
+    "zeros before the right content": "writable lost: read 0, repair 0",
+    "stale content after a loss": "writable lost: read 0, request to write half of 0",
+    "the frame goes back": "read-only present: read 0, hardware 0",
+    "one page of a large frame is named": "anonymous present present: report 0, collapse 1",
+    "a loss shown as zeros is not counted": "anonymous absent: read guarded 0, report 0",
 }
 
 

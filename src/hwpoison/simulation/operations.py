@@ -137,9 +137,12 @@ def _change(world: World, page: int) -> None:
 
 
 def _collapse(world: World, page: int) -> None:
-    """A client has the kernel make a large frame of ours; it does where all pages are present."""
-    if None not in world.store.pages:
-        world.store.large.add(0)
+    """A client has the kernel make a large frame of ours; it does where all pages of a unit are present."""
+    unit = world.object.unit_pages
+    number = page // unit
+    pages = world.store.pages[number * unit : (number + 1) * unit]
+    if len(pages) == unit and None not in pages:
+        world.store.large.add(number)
 
 
 def _kernel_poison(world: World, page: int) -> None:
@@ -172,6 +175,7 @@ SCRIPTS: dict[str, Callable[[int, bytes], list[Step]]] = {
     "read": lambda page, data: [Step("read", page)],
     "write": lambda page, data: [Step("write", page, data)],
     "read guarded": _guarded,
+    "read guarded twice": lambda page, data: _guarded(page, data) * 2,
     "die": lambda page, data: [Step("write", page, data)],
     "close": lambda page, data: [Step("unmap", page), Step("tell", page)],
     "attach": lambda page, data: [Step("attach", page), Step("read", page)],

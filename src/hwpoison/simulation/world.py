@@ -22,6 +22,8 @@ from hwpoison.simulation.scenario import Operation, Scenario, Step
 
 NO_LIMIT = 1 << 40
 """A memory limit in bytes that is never met: so that pages have ages, and can be evicted."""
+UNIT_PAGES = 4
+"""Pages of a large frame, or all pages of an object that has fewer."""
 DEATH = "the manager dies"
 
 
@@ -34,7 +36,8 @@ class World:
 
     def __init__(self, scenario: Scenario, choices: Choices, mode: Mode = "quiet") -> None:
         self.scenario = scenario
-        self.machine = SimulatedMachine(PAGE_SIZE, budget=dict(scenario.budget))
+        unit = PAGE_SIZE * min(len(scenario.states), UNIT_PAGES)
+        self.machine = SimulatedMachine(PAGE_SIZE, unit, budget=dict(scenario.budget))
         self.machine.before = self._before
         self.machine.touched = self._touched_by_call
         self.machine.affected = self.touched
