@@ -627,8 +627,8 @@ class SimulatedMachine:
 
     `before` is called at the start of each short system call with the store and the pages that it is about, `placed` when a
     page has got content; `choose` is asked which of two things happens; `observe` is given all that these calls answer.
-    `touched` is called at the start of each call that is about a process, and `affected` with all that the end of something
-    which takes time has to do with.
+    `freed` is called when a frame goes back. `touched` is called at the start of each call that is about a process, and
+    `affected` with all that the end of something which takes time has to do with.
     """
 
     def __init__(
@@ -650,6 +650,7 @@ class SimulatedMachine:
         self.before: Callable[[SimulatedStore, int, int], None] = _nothing_before
         self.choose: Callable[[Sequence[str]], int] = _first
         self.placed: Callable[[SimulatedStore, int, bytes], None] = _nothing_placed
+        self.freed: Callable[[], None] = _nothing
         self.touched: Callable[[Process], None] = _unobserved
         self.affected: Callable[[object], None] = _unobserved
         self.observe: Callable[[object], None] = _unobserved
@@ -711,6 +712,7 @@ class SimulatedMachine:
 
     def let_go(self, page: SimulatedPage) -> None:
         """The frame goes back to the system."""
+        self.freed()
         if not page.held:
             self.free.append(page.number)
 

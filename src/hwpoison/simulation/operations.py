@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 PAGE_SIZE = 8
 NAME = "a"
+NO_LIMIT = 1 << 40
+"""A memory limit in pages that is never met: so that pages have ages, and can be evicted."""
 
 
 def token(number: int) -> bytes:
@@ -103,12 +105,18 @@ async def _hardware(world: World, page: int) -> None:
 
 
 async def _evict(world: World, page: int) -> None:
-    reclaim = world.manager.reclaim
-    reclaim.limit, before = max(0, reclaim.present - 1), reclaim.limit
+    """Memory is short by a page, until one has been given back."""
+    reclaim, machine = world.manager.reclaim, world.machine
+
+    def enough() -> None:
+        reclaim.limit = NO_LIMIT
+
+    reclaim.limit = max(0, reclaim.present - 1)
+    machine.freed = enough
     try:
         await recovery.make_room(world.manager, 0)
     finally:
-        reclaim.limit = before
+        enough()
 
 
 async def _write_back(world: World, page: int) -> None:

@@ -17,11 +17,9 @@ from hwpoison.simulation.choices import Choices, Control, Event, Happening
 from hwpoison.simulation.invariants import Expectation
 from hwpoison.simulation.loop import Mode, SimulationLoop
 from hwpoison.simulation.machine import ALL, MANAGER, PAGE, Disk, Process, SimulatedFile, SimulatedMachine, SimulatedStore
-from hwpoison.simulation.operations import CHANGES, NAME, PAGE_SIZE, SCRIPTS, STORIES, token
+from hwpoison.simulation.operations import CHANGES, NAME, NO_LIMIT, PAGE_SIZE, SCRIPTS, STORIES, token
 from hwpoison.simulation.scenario import Operation, Scenario, Step
 
-NO_LIMIT = 1 << 40
-"""A memory limit in bytes that is never met: so that pages have ages, and can be evicted."""
 UNIT_PAGES = 4
 """Pages of a large frame, or all pages of an object that has fewer."""
 DEATH = "the manager dies"
@@ -46,7 +44,7 @@ class World:
         self.choices = choices
         self.footprint = choices.footprint
         self.loop = SimulationLoop(choices, self.outside, mode)  # type: ignore[abstract]
-        self.manager = MemoryManager(self.machine, self, instance="sim", memory_limit=NO_LIMIT)
+        self.manager = MemoryManager(self.machine, self, instance="sim", memory_limit=NO_LIMIT * PAGE_SIZE)
         self.events: list[LogEvent] = []
         self.defects: list[str] = []
         self.failures: list[Failure] = []
