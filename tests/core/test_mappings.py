@@ -121,3 +121,14 @@ def test_those_that_are_looked_at_may_go_meanwhile(object_: MemoryObject, space:
         left.remove(one)
     assert not left
     assert not len(object_.mappings)
+
+
+def test_how_often_a_thread_was_told_is_forgotten_with_the_mapping(object_: MemoryObject, space: LinuxSpace) -> None:
+    """Else it is killed for the first loss of what it maps at the same address later, without a signal before."""
+    (client, *_), left = play(object_, space, [Step(0, 0, 0, 2), Step(0, 1, 0, 2)])
+    first, second = left
+    client.told = {(1, first.address + PAGE_SIZE): 16, (2, first.address): 1, (1, second.address): 16}
+    client.remove(first)
+    assert client.told == {(1, second.address): 16}
+    for one in left:
+        object_.mappings.remove(one)

@@ -139,6 +139,9 @@ class Client:
     def remove(self, mapping: Mapping) -> None:
         index = self._mappings.index(mapping)
         del self._addresses[index], self._mappings[index]
+        # What is mapped there next are other pages, and of their losses nobody was told.
+        for key in [key for key in self.told if mapping.address <= key[1] < mapping.end_address]:
+            del self.told[key]
 
 
 class ReverseMap:
