@@ -6,6 +6,7 @@ import asyncio
 import json
 import mmap
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from hwpoison.linux.store import LinuxStore
 from hwpoison.linux.syscalls import PAGE_SIZE
 from tests.contract.rig import ClientDiedError, Fault
 from tests.support import SECONDS_MAX, need
+
+MADV_HWPOISON = 100
 
 
 class LinuxClient:
@@ -207,6 +210,19 @@ class LinuxRig:
         need(number, "the privilege to know frame numbers")
         assert number is not None
         return number
+
+    def declare_bad(self, store: Store, page: int) -> None:
+        # The kernel tells who has a page declared bad in this way, and maps it.
+        before = signal.signal(signal.SIGBUS, lambda *_: None)
+        fd, nbytes = cast(LinuxStore, store).fd, (page + 1) * PAGE_SIZE
+        try:
+            with mmap.mmap(fd, nbytes, prot=mmap.PROT_READ) as mapping:
+                mapping[nbytes - 1]
+                syscalls.advise(syscalls.address_of(mapping) + page * PAGE_SIZE, PAGE_SIZE, MADV_HWPOISON)
+        except OSError as error:
+            need(None, f"a kernel that declares pages bad, and the privilege to have it do so ({error})", "lab")
+        finally:
+            signal.signal(signal.SIGBUS, before)
 
     def own_number(self) -> int:
         own = bytearray(b"x" * PAGE_SIZE)

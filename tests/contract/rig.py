@@ -129,6 +129,10 @@ class Rig(Protocol):
     def number(self, store: Store, page: int) -> int:
         """The number of the frame that a present page is in. Skips the test where that is not to be known."""
 
+    def declare_bad(self, store: Store, page: int) -> None:
+        """Have the kernel declare a present page bad (linux-facts 26). Skips the test where it does not do that. On a real
+        machine this takes the frame away for good."""
+
     def own_number(self) -> int:
         """The number of a frame of the machine's own process. Skips the test where that is not to be known."""
 

@@ -211,6 +211,9 @@ class SimulationRig:
         assert found is not None
         return found.number
 
+    def declare_bad(self, store: Store, page: int) -> None:
+        cast(SimulatedStore, store).goes_bad(page, declared=True)
+
     def own_number(self) -> int:
         return OWN_FRAME
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import mmap
 import os
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,6 @@ from hwpoison.linux.store import REGION_PAGES, REGIONS_LIMIT, LinuxStore
 from hwpoison.linux.syscalls import PAGE_SIZE
 from tests.contract.linux_rig import LinuxRig
 from tests.large_frames import BLOCK_BYTES, collapse
-from tests.support import need
 
 BUDDY = 1 << 10
 """In /proc/kpageflags: the frame is on a free list."""
@@ -63,42 +61,6 @@ def test_a_page_that_was_taken_is_a_hole_and_its_frame_is_on_no_free_list(rig: L
     with open("/proc/kpageflags", "rb", buffering=0) as flags:
         flags.seek(number * 8)
         assert not int.from_bytes(flags.read(8), "little") & BUDDY
-
-
-MADV_HWPOISON = 100
-
-
-@pytest.fixture
-def survived_sigbus() -> Iterator[None]:
-    """The kernel tells who has a page declared bad in this way, and maps it."""
-    before = signal.signal(signal.SIGBUS, lambda *_: None)
-    yield
-    signal.signal(signal.SIGBUS, before)
-
-
-@pytest.mark.usefixtures("survived_sigbus")
-def test_a_page_that_the_kernel_has_declared_bad_is_taken_all_the_same(create: Create) -> None:
-    """26. This takes 4 KiB of the machine's memory away, until it starts again."""
-    store = create(3)
-    store.publish(0, bytes(3 * PAGE_SIZE))
-    with mmap.mmap(store.fd, 3 * PAGE_SIZE) as mapping:
-        address = syscalls.address_of(mapping)
-        mapping[PAGE_SIZE] = 1
-        try:
-            syscalls.advise(address + PAGE_SIZE, PAGE_SIZE, MADV_HWPOISON)
-        except OSError as error:
-            need(None, f"a kernel that declares pages bad, and the privilege to have it do so ({error})", "lab")
-        with pytest.raises(OSError, match="Input/output error"):
-            store.content(1, 1)
-        frame = store.take(1)
-        assert frame is not None
-        with pytest.raises(OSError, match="what was in it is gone"):
-            frame.content()
-        frame.quarantine()
-        assert [store.present(page) for page in range(3)] == [True, False, True]
-        assert store.take(1) is None
-        store.publish(1, b"n" * PAGE_SIZE)
-        assert store.content(0, 3) == bytes(PAGE_SIZE) + b"n" * PAGE_SIZE + bytes(PAGE_SIZE)
 
 
 def test_an_absent_page_of_the_managers_own_mapping_is_no_fault_for_its_system_calls(create: Create) -> None:

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from hwpoison.core.machine import Content, Machine, StaleFrameError, Store
-from tests.contract.rig import Rig
+from tests.contract.rig import ClientDiedError, Rig
 
 
 @pytest.fixture
@@ -200,4 +200,51 @@ async def test_the_last_page_of_an_object_is_whole(rig: Rig, machine: Machine, p
     assert frame is not None
     assert frame.content() == pattern(5, page)
     assert not store.present(1)
+    store.close()
+
+
+async def test_a_page_that_the_kernel_declares_bad_is_taken_all_the_same(rig: Rig, machine: Machine, page: int) -> None:
+    store = await filled(machine, 3)
+    rig.declare_bad(store, 1)
+    with pytest.raises(OSError, match=r"."):
+        store.content(1, 1)
+    frame = store.take(1)
+    assert frame is not None
+    with pytest.raises(OSError, match=r"."):
+        frame.content()
+    frame.quarantine()
+    assert [store.present(number) for number in range(3)] == [True, False, True]
+    assert store.take(1) is None
+    store.publish(1, pattern(9, page))
+    assert store.content(0, 3) == pattern(0, page) + pattern(9, page) + pattern(2, page)
+    store.close()
+
+
+async def test_a_page_that_the_kernel_declares_bad_is_dropped_all_the_same(rig: Rig, machine: Machine, page: int) -> None:
+    store = await filled(machine, 2)
+    rig.declare_bad(store, 0)
+    store.drop(0, 1)
+    assert not store.present(0)
+    store.publish(0, pattern(9, page))
+    assert store.content(0, 2) == pattern(9, page) + pattern(1, page)
+    store.close()
+
+
+async def test_who_has_a_page_mapped_that_the_kernel_declares_bad_gets_sigbus_until_he_lets_go_of_it(
+    rig: Rig, machine: Machine, page: int
+) -> None:
+    store = await filled(machine, 1)
+    other, patient = await rig.client(), await rig.client()
+    addresses = [await one.map(store) for one in (other, patient)]
+    for one, address in zip((other, patient), addresses, strict=True):
+        assert await one.load(address) == 0
+    rig.declare_bad(store, 0)
+    frame = store.take(0)
+    assert frame is not None
+    frame.quarantine()
+    store.publish(0, pattern(9, page))
+    with pytest.raises(ClientDiedError, match="SIGBUS"):
+        await other.load(addresses[0])
+    await patient.discard(addresses[1], page)
+    assert await patient.copy(addresses[1], page) == pattern(9, page)
     store.close()
