@@ -379,10 +379,12 @@ class Session:
                 raise ValueError("the descriptor of Hello is not a userfaultfd; open one and do its handshake first")
             if features & ~(userfaultfd.NEEDED | userfaultfd.Feature.POISON):
                 raise ValueError("the userfaultfd was opened for more than this manager serves; leave other features out")
+        # Also if what follows fails: what it has made by then must not be made twice.
+        self._greeted = True
+        if fds:
             self._attach(fds)
             assert self._board is not None
             reply_fds = [os.dup(self._board.fd)]
-        self._greeted = True
         machine = self.server.machine
         return (
             protocol.Welcome(os.getpid(), machine.page_size, self.server.instance, machine.poison_markers),
