@@ -12,7 +12,7 @@ import pytest
 
 import hwpoison
 from hwpoison.linux.syscalls import PAGE_SIZE
-from hwpoison.service.session import NOTICES_LIMIT
+from hwpoison.service.channel import NOTICES_LIMIT
 from tests.live.process import Child
 from tests.support import SECONDS_MAX, wait_until
 

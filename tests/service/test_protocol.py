@@ -28,7 +28,7 @@ from hwpoison.core.records import Failure, Notice, Outcome, Report, State
 from hwpoison.linux import userfaultfd
 from hwpoison.linux.quarantine import PIPE_FRAMES
 from hwpoison.linux.syscalls import PAGE_SIZE
-from hwpoison.service.session import NOTICES_LIMIT
+from hwpoison.service.channel import NOTICES_LIMIT
 from tests.service.raw import FILE_PAGES, STRAY, VANISH, RawClient, dirty
 from tests.support import SECONDS_MAX, need, wait_until
 
