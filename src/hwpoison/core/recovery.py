@@ -303,8 +303,14 @@ async def _unmark(mapping: Mapping, page: int) -> None:
     object_ = mapping.object
     # In a guarded view, which is read-only, first writes are not watched.
     protect = object_.tracks_dirt and mapping.hits is None
-    await mapping.client.space.unpoison(mapping.address_of(page), protect=protect)
-    mapping.markers.discard(page)
+    try:
+        await mapping.client.space.unpoison(mapping.address_of(page), protect=protect)
+    except OSError:
+        if object_.is_present(page):
+            raise
+        # Its large frame was given up meanwhile: it is lost again, and the marker is right.
+    else:
+        mapping.markers.discard(page)
 
 
 async def _fresh(books: Books, object_: MemoryObject, page: int, nbytes: int) -> Content:
