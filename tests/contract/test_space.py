@@ -182,6 +182,18 @@ async def test_a_marker_is_replaced_by_a_page_that_is_protected_if_so_wanted(
     assert await write(client, address + 5 * page, page) == (protect, protect)
 
 
+async def test_a_page_cannot_be_protected_where_first_writes_are_not_watched(
+    rig: Rig, machine: Machine, store: Store, page: int
+) -> None:
+    need(machine.poison_markers, "poison markers (Linux 6.6)")
+    client = await rig.client()
+    address = await client.map(store, private=True)
+    assert await client.space.poison(address + 5 * page)
+    store.publish(5, bytes(page))
+    with pytest.raises(OSError, match="Invalid argument"):
+        await client.space.unpoison(address + 5 * page, protect=True)
+
+
 async def test_zeros_are_shown_to_one_view_only_and_go_when_it_lets_go_of_them(rig: Rig, store: Store, page: int) -> None:
     client, other = await rig.client(), await rig.client()
     view, ordinary = await client.map(store, private=True), await client.map(store)

@@ -14,10 +14,16 @@ from hwpoison.cli.common import FINE, FOUND, USAGE, json_option, paint, print_js
 
 if TYPE_CHECKING:
     from hwpoison.simulation.explore import Cell
+    from hwpoison.simulation.seeded import Done
+
+PROGRESS_SECONDS = 2.0
+"""How often a long search says how far it is."""
 
 
 @click.command
 @click.option("--exhaustive", is_flag=True, help="Every state of a page with every pair of operations, to the end.")
+@click.option("--seed", metavar="S", type=int, help="Large worlds by seed: the same number makes the same runs.")
+@click.option("--runs", metavar="N", type=click.IntRange(1), default=1, show_default=True, help="How many, with --seed.")
 @click.option("--mutants", is_flag=True, help="Plant known defects one by one, and find each.")
 @click.option("--replay", metavar="FILE", type=click.Path(path_type=Path), help="Tell a run again, step by step.")
 @click.option("--mode", type=click.Choice(["quiet", "batch"]), default="quiet", show_default=True,
@@ -30,6 +36,8 @@ if TYPE_CHECKING:
 @json_option
 def explore(
     exhaustive: bool,
+    seed: int | None,
+    runs: int,
     mutants: bool,
     replay: Path | None,
     mode: str,
@@ -45,12 +53,15 @@ def explore(
     \b
     Example:
       hwpoison explore --exhaustive
+      hwpoison explore --seed 1 --runs 10000
       hwpoison explore --replay tests/simulation/found/one.json
     """
-    if exhaustive + mutants + (replay is not None) != 1:
-        raise click.UsageError("say one of --exhaustive, --mutants, --replay FILE")
+    if exhaustive + mutants + (seed is not None) + (replay is not None) != 1:
+        raise click.UsageError("say one of --exhaustive, --seed S, --mutants, --replay FILE")
     if replay is not None:
         return _replay(replay)
+    if seed is not None:
+        return _seeded(seed, runs, mode, save, as_json)
     return _mutants(limit, as_json) if mutants else _exhaustive(mode, matrix, misfortunes, limit, save, as_json)
 
 
@@ -114,8 +125,7 @@ def _exhaustive(mode: Any, matrix: str, misfortunes: bool, limit: int | None, sa
     share = f"{complete} complete ({complete / len(cells):.1%})"
     click.echo(f"{len(cells)} cells, {share}; {schedules:,} schedules, {steps:,} steps in {seconds:.0f} s: "
                f"{rate:,.0f} schedules a second and core")  # fmt: skip
-    click.echo(paint(f"{len(found)} violations", colour="red") if found else paint("Everything holds.", colour="green"))
-    return FOUND if found else FINE
+    return _holds(len(found))
 
 
 def _save(cells: list[Cell], scenarios: list[Any], mode: Any, folder: Path) -> None:
@@ -125,6 +135,51 @@ def _save(cells: list[Cell], scenarios: list[Any], mode: Any, folder: Path) -> N
     for number, (cell, scenario) in enumerate(zip(cells, scenarios, strict=True)):
         if cell.violation is not None:
             named(scenario, mode, tuple(cell.violation.choices)).save(folder / f"{number}.json")
+
+
+def _seeded(seed: int, runs: int, mode: Any, save: Path | None, as_json: bool) -> int:
+    from hwpoison.simulation.seeded import run_many, shrink_failed
+
+    started = said = time.monotonic()
+
+    def progress(done: Done) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said >= PROGRESS_SECONDS or done.schedules == runs:
+            said = now
+            failed = f", {len(done.failed)} failed" if done.failed else ""
+            click.echo(f"{done.schedules:,} of {runs:,} runs{failed}, {now - started:.0f} s", err=True)
+
+    done = run_many(seed, runs, mode, progress=progress)
+    seconds = time.monotonic() - started
+    rate = done.schedules / done.seconds
+    shrunk = shrink_failed(done.failed, mode)
+    if save is not None:
+        save.mkdir(parents=True, exist_ok=True)
+        for one, again in shrunk:
+            again.save(save / f"seed-{one.seed}.json")
+    if as_json:
+        short = {one.seed: asdict(again) for one, again in shrunk}
+        print_json({
+            "seed": seed, "runs": runs, "mode": mode, "schedules": done.schedules, "steps": done.steps,
+            "violations": len(done.failed), "seconds": seconds, "schedules_per_second_and_core": rate,
+            "found": [asdict(one) | {"shrunk": short.get(one.seed)} for one in done.failed],
+        })  # fmt: skip
+        return FOUND if done.failed else FINE
+    for failed in done.failed:
+        click.echo(f"--seed {failed.seed} --mode {mode}: {failed.sentence}")
+    for one, again in shrunk:
+        where = f"saved as {save / f'seed-{one.seed}.json'}" if save is not None else "--save FOLDER writes it to a file"
+        click.echo(f"--seed {one.seed}, shrunk to {len(again.choices)} of {one.choices} choices; {where}:")
+        click.echo(f"  {again.scenario}")
+        click.echo(f"  {'; '.join(again.names) or 'the first option, always'}")
+    click.echo(f"{done.schedules:,} runs, {done.steps:,} steps in {seconds:.0f} s: {rate:,.0f} a second and core")
+    return _holds(len(done.failed))
+
+
+def _holds(violations: int) -> int:
+    click.echo(paint(f"{violations} violations", colour="red") if violations else paint("Everything holds.", colour="green"))
+    return FOUND if violations else FINE
 
 
 def _mutants(limit: int | None, as_json: bool) -> int:

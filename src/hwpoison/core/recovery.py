@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from hwpoison.core.books import Books
 from hwpoison.core.machine import Content, Frame, NotIsolatedError
+from hwpoison.core.mappings import Mapping
 from hwpoison.core.objects import Backing, Loss, MemoryObject
 from hwpoison.core.pages import DIRTY, LOST, POISONED, PRESENT, WRITEBACK
 from hwpoison.core.policy import tell_owners
@@ -292,10 +293,24 @@ async def _revive_locked(books: Books, object_: MemoryObject, page: int, content
     for mapping in object_.mappings.covering(page):
         mapping.client.forget_told(mapping.address_of(page))
         if page in mapping.markers:
-            await mapping.client.space.unpoison(mapping.address_of(page), protect=object_.tracks_dirt)
-            mapping.markers.discard(page)
+            await _unmark(mapping, page)
     books.record(kind, object_, page, event_id=loss.event_id)
     return nbytes
+
+
+async def _unmark(mapping: Mapping, page: int) -> None:
+    """A present, locked page takes the place of its poison marker."""
+    object_ = mapping.object
+    # In a guarded view, which is read-only, first writes are not watched.
+    protect = object_.tracks_dirt and mapping.hits is None
+    try:
+        await mapping.client.space.unpoison(mapping.address_of(page), protect=protect)
+    except OSError:
+        if object_.is_present(page):
+            raise
+        # Its large frame was given up meanwhile: it is lost again, and the marker is right.
+    else:
+        mapping.markers.discard(page)
 
 
 async def _fresh(books: Books, object_: MemoryObject, page: int, nbytes: int) -> Content:

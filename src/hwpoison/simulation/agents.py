@@ -6,7 +6,7 @@ the manager.
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hwpoison.core import policy
@@ -84,6 +84,12 @@ class Agent:
         """True if the page is in its page table."""
         return self.process.alive and self.area is not None and self.area.entries.get(page, ("", False))[0] == PAGE
 
+    def views(self, pages: Iterable[int]) -> list[Step]:
+        """What it does to see these pages."""
+        if self.guard is None:
+            return [Step("read", page) for page in pages]
+        return [Step("enter", 0), *[Step("look", page) for page in pages], Step("leave", 0)]
+
     def act(self) -> None:
         """Do the next thing."""
         step = self.script[self.at]
@@ -135,8 +141,11 @@ class Agent:
         world = self.world
         assert self.area is not None
         by_kernel = self.area.entries.get(page, ("", False))[0] == HWPOISON or world.is_bad(page)
-        world.expectation.refused(self.name, page, guarded=self.guard is not None, by_kernel=by_kernel)
+        guarded = self.guard is not None and self.guard.hits.guarded
+        world.expectation.refused(self.name, page, guarded=guarded, by_kernel=by_kernel)
         if by_kernel:
+            if world.liveness is not None:
+                world.liveness.met_bad(page)
             self.report_to_manager(page)
         self.at += 1
 
@@ -181,7 +190,7 @@ class Agent:
         address, nbytes = self.area.address, self.area.count * object_.page_size
 
         async def mapped() -> None:
-            if object_.tracks_dirt:
+            if object_.tracks_dirt and self.guard is None:
                 await self.process.space.protect(address, nbytes)
 
         self.start("attach", mapped())

@@ -6,7 +6,6 @@ has another option takes it. A state that was met before is not gone into again.
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import inspect
 import time
@@ -80,14 +79,16 @@ def run(scenario: Scenario, choices: Choices, mode: Mode = "quiet", *, world: Wo
         violation = str(error) or None
     finally:
         loop.leave()
-        world.over = True
-        _abandon(loop.tasks)
+        abandon(world)
     return Run(world, choices, violation, pruned)
 
 
-def _abandon(tasks: list[asyncio.Task[Any]]) -> None:
+def abandon(world: World) -> None:
     """The world is dropped as it is: nobody shall complain of what is left in it."""
-    for task in tasks:
+    world.over = True
+    # Coroutines that are taken down let go of the object, and must not begin its end.
+    world.manager.hold(world.object)
+    for task in world.loop.tasks:
         if not task.done():
             task._log_destroy_pending = False  # type: ignore[attr-defined]
             story = task.get_coro()

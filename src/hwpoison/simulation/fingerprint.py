@@ -140,12 +140,15 @@ class Fingerprint:
         return (
             # What a flush has to find is what came after it began.
             tuple([tuple(one) if expectation._flushes else one[-1] for one in expectation.history]),
-            tuple(sorted(expectation.bad)), expectation.foreign, tuple(sorted([one.number for one in expectation.owed])),
+            tuple(sorted(expectation.foreign)), expectation.frames_gone_bad, expectation._calm,
+            tuple(sorted([one.number for one in expectation.owed])),
             tuple([len(one) for one in expectation._may]), tuple(expectation._fresh), tuple(expectation._reviving),
+            tuple([tuple(one) for one in expectation._was]),
             tuple(expectation._reporting),
             tuple(sorted([(self._id(id_), page, who) for id_, page, who in expectation._told])),
             tuple(sorted([(self._id(id_), page) for id_, page in expectation._losses])),
-            tuple([(one.number, tuple(begun), owed) for one, (begun, owed) in expectation._flushes.items()]),
+            tuple([(one.number, tuple(begun), *rest) for one, (begun, *rest) in expectation._flushes.items()]),
+            tuple([(one.number, wrong) for one, wrong in expectation._told_of.items()]),
         )  # fmt: skip
 
     # --- what tasks hold

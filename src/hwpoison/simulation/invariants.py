@@ -6,10 +6,11 @@ manager, and looks at each page that the manager puts in place, at the moment at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from hwpoison.core.locks import RangeLocks
 from hwpoison.core.mappings import Client, Mapping
 from hwpoison.core.pages import DIRTY, LOST, POISONED, PRESENT, WRITEBACK
 from hwpoison.core.records import Failure, Notice, Outcome, State
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from hwpoison.simulation.world import World
 
 Become = Callable[[bytes], bytes]
+_WRITABLE = (PAGE, False)
 
 
 class Expectation:
@@ -30,17 +32,22 @@ class Expectation:
         self.violation: str | None = None
         self.history: list[list[bytes]] = [[self._on_disk(page) or bytes(world.object.page_size)] for page in range(count)]
         """What was in each page, the last entry now."""
-        self.bad: set[int] = set()
-        """Pages whose frame went bad."""
-        self.foreign = False
-        """The file was changed by others."""
+        self.frames_gone_bad = 0
+        self.foreign: set[int] = set()
+        """Pages of which others have changed the file."""
         self.owed: set[Mapping] = set()
         """Handles whose next flush must fail: changes were lost."""
         self._may: list[list[Become]] = [[] for _ in range(count)]
         self._fresh: list[int] = [0] * count
+        self._was: list[list[bytes]] = [[] for _ in range(count)]
+        """What the file has held since somebody asked for whatever it holds."""
         self._told: set[tuple[str, int, int]] = set()
         self._losses: set[tuple[str, int]] = set()
-        self._flushes: dict[Mapping, tuple[list[int], bool]] = {}
+        self._flushes: dict[Mapping, tuple[list[int], bool, int]] = {}
+        self._calm = 0
+        """What had gone wrong when last nothing was under way."""
+        self._told_of: dict[Mapping, int] = {}
+        """Of how much that went wrong before a handle's next flush it can't be told any more."""
         self._reviving: list[int] = [0] * count
         self._reporting: list[int] = [0] * count
 
@@ -73,9 +80,12 @@ class Expectation:
         """A process has stored to the page."""
         self.history[page].append(data)
 
-    def changed_by_others(self) -> None:
-        """Somebody has changed the file."""
-        self.foreign = True
+    def changed_by_others(self, pages: Iterable[int]) -> None:
+        """Somebody is about to change the file's content of these pages."""
+        for page in pages:
+            self.foreign.add(page)
+            if self._fresh[page]:
+                self._was[page].append(self._on_disk(page))
 
     @contextmanager
     def may_become(self, page: int, become: Become) -> Iterator[None]:
@@ -96,6 +106,8 @@ class Expectation:
         self.world.touched(page)
         yield
         self._fresh[page] -= 1
+        if not self._fresh[page]:
+            self._was[page].clear()
         self._reviving[page] -= 1
         self.world.touched(page)
 
@@ -104,7 +116,7 @@ class Expectation:
         expected = self.history[page][-1]
         changed = [become(expected) for become in self._may[page]]
         if self._fresh[page]:
-            changed.append(self._on_disk(page) or bytes(len(expected)))
+            changed += [*self._was[page], self._on_disk(page)] if self.world.disk is not None else [bytes(len(expected))]
         if content in changed:
             self.history[page].append(content)
         elif content != expected:
@@ -144,9 +156,9 @@ class Expectation:
         object_ = self.world.object
         if by_kernel or self.world.dead:
             return
-        if guarded and page not in self.bad:
+        if guarded:
             self.fail(f"No access is refused in a guard that is open: {who}, page {page}.")
-        if page not in object_.losses and page not in self.bad and not self._reviving[page] and not object_.closed:
+        if page not in object_.losses and not self._reviving[page] and not object_.closed:
             self.fail(f"No access to a page that is not lost is refused: {who}, page {page}.")
 
     def told_lost(self, pages: Sequence[int]) -> None:
@@ -162,7 +174,9 @@ class Expectation:
         loss = object_.losses.get(page)
         if loss is None or loss.event_id != notice.event_id:
             self.fail(f"Nobody is told of a loss that is none: {notice.event_id}, page {page}.")
-        if object_.pages.flags[page] & WRITEBACK and not self.world.loop.time():
+        # A large frame that can't be split goes as it is: what is on its way then counts as not arrived.
+        given_up = notice.outcome is Outcome.FAILED and notice.state is State.DIRTY_FILE
+        if object_.pages.flags[page] & WRITEBACK and not self.world.loop.time() and not given_up:
             self.fail(f"A page on its way to the file is decided on when it is there: page {page}.")
         if not any(mapping.client is client for mapping in object_.mappings.covering(page)):
             self.fail(f"Nobody is told of a loss that is not his: client {client.number}, page {page}.")
@@ -199,23 +213,35 @@ class Expectation:
 
     def flush_begins(self, mapping: Mapping) -> None:
         """A handle asks for a flush."""
-        self._flushes[mapping] = ([len(one) - 1 for one in self.history], mapping in self.owed)
+        if sum(not task.done() for task in self.world.loop.tasks) == 1:
+            self._calm = self._gone_wrong()
+        losses = self.world.object.losses
+        begun = [-1 if page in losses else len(one) - 1 for page, one in enumerate(self.history)]
+        self._flushes[mapping] = (begun, mapping in self.owed, self._calm)
+
+    def _gone_wrong(self) -> int:
+        """How much has gone wrong of which a flush may tell."""
+        wrong = self.world.machine.went_wrong
+        return wrong["write fails"] + wrong["sync fails"] + self.frames_gone_bad
 
     def flush_failed(self, mapping: Mapping) -> None:
         """It was told that changes are lost, or could not be written."""
-        _, owed = self._flushes.pop(mapping)
-        spent = any(self.world.machine.budget[name] < count for name, count in self.world.scenario.budget)
-        if mapping not in self.owed and not owed and not spent and not self.bad and not self.foreign:
+        _, owed, calm = self._flushes.pop(mapping)
+        wrong = self._gone_wrong() > self._told_of.get(mapping, 0) or self.world.store.has_bad()
+        if mapping not in self.owed and not owed and not wrong and not self.foreign:
             self.fail("flush() fails only where changes were lost or could not be written.")
         self.owed.discard(mapping)
+        self._told_of[mapping] = calm
 
     def flushed(self, mapping: Mapping) -> None:
         """It was told that all is in the file."""
-        begun, owed = self._flushes.pop(mapping)
+        begun, owed, self._told_of[mapping] = self._flushes.pop(mapping)
         if owed:
             self.fail("flush() fails once for each handle if changes were lost.")
         for page, known in enumerate(begun):
-            if page in self.world.object.losses or self.foreign or not self.world.object.tracks_dirt:
+            if page in self.world.object.losses or page in self.foreign or not self.world.object.tracks_dirt:
+                continue
+            if known < 0:  # It was lost before.
                 continue
             # Another flush may have failed half way after this one was done: byte for byte it is this content, or newer.
             found, half = self._on_disk(page), self.world.object.page_size // 2
@@ -233,21 +259,34 @@ class Expectation:
         object_, store = world.object, world.store
         if world.defects:
             self.fail(f"Nothing goes wrong inside: {world.defects[0]}.")
+        if world.machine.given_back:
+            self.fail(f"A bad frame that was taken out never goes back: frame {world.machine.given_back[0]}.")
         if world.machine.quarantine:
             self._check_quarantine()
         if object_.closed:
             return self.violation
-        for page in range(object_.pages.count):
-            flags = object_.pages.flags[page]
-            if bool(flags & LOST) != (page in object_.losses) or (flags & LOST and not flags & POISONED):
-                self.fail(f"The books of what is lost balance: page {page}.")
-            if not object_.locks.free(page):
+        flags, losses = object_.pages.flags, object_.losses
+        busy = _worked_on(object_.locks)
+        unwatched = self._unwatched() if object_.tracks_dirt else None
+        lost = 0
+        for page, found in enumerate(store.pages):
+            now = flags[page]
+            if now & LOST:
+                lost += 1
+                if page not in losses or not now & POISONED:
+                    self.fail(f"The books of what is lost balance: page {page}.")
+            if page in busy:
                 continue
-            found = store.pages[page]
-            if (found is not None) != bool(flags & PRESENT):
+            if (found is None) == bool(now & PRESENT):
                 self.fail(f"A page that nobody works on is present if and only if its flag says so: page {page}.")
-            elif found is not None and object_.tracks_dirt and not flags & DIRTY:
-                self._check_clean(page, found.content, bool(flags & WRITEBACK))
+            elif found is not None and unwatched is not None and not now & DIRTY:
+                for who, entries in unwatched:
+                    if entries.get(page) == _WRITABLE:
+                        self.fail(f"Nobody can write to a clean page unseen: {who}, page {page}.")
+                if not now & WRITEBACK and page not in self.foreign and found.content != self._on_disk(page):
+                    self.fail(f"A clean page is what the file holds: page {page}.")
+        if lost != len(losses):
+            self.fail(f"The books of what is lost balance: {lost} pages, {len(losses)} losses.")
         if world.manager.reclaim.present != object_.pages.present or object_.pages.present < 0:
             self.fail("The count of present pages balances.")
         return self.violation
@@ -268,6 +307,9 @@ class Expectation:
                     self.fail(f"Each owner is told of a loss: client {mapping.client.number}, page {page}.")
                 if loss.state is State.DIRTY_FILE:
                     self.owed.add(mapping)
+            if loss.state is State.DIRTY_FILE:
+                # Also a handle that is gone, and whose flush is still under way.
+                self.owed.update(self._flushes)
 
     def _check_quarantine(self) -> None:
         machine = self.world.machine
@@ -278,17 +320,14 @@ class Expectation:
             if count != 1:
                 self.fail(f"A frame is quarantined once: frame {number}.")
 
-    def _check_clean(self, page: int, content: bytes, on_its_way: bool) -> None:
-        for area in self.world.store.areas:
-            known = any(
-                one.address == area.address and one.client.space.pid == area.process.pid
-                for one in self.world.object.mappings
-            )
-            if known and not area.private and area.entries.get(page) == (PAGE, False):
-                self.fail(f"Nobody can write to a clean page unseen: {area.process.name}, page {page}.")
-        spent = any(self.world.machine.budget[name] < count for name, count in self.world.scenario.budget)
-        if not on_its_way and not self.foreign and not spent and content != self._on_disk(page):
-            self.fail(f"A clean page is what the file holds: page {page}.")
+    def _unwatched(self) -> list[tuple[str, dict[int, tuple[str, bool]]]]:
+        """The page tables in which an entry that is writable must belong to a dirty page."""
+        known = {(one.client.space.pid, one.address) for one in self.world.object.mappings}
+        return [
+            (area.process.name, area.entries)
+            for area in self.world.store.areas
+            if not area.private and (area.process.pid, area.address) in known
+        ]
 
     # --- in the end
 
@@ -312,6 +351,16 @@ class Expectation:
             self._check_settled()
         return self.violation
 
+    def _may_be_bad(self, page: int) -> bool:
+        """True if it can't be held against the manager that the page is in a bad frame."""
+        world = self.world
+        if world.liveness is not None and world.liveness.looks:
+            # Everybody has looked, and has reported what was met.
+            return False
+        # A frame that was nobody's when it was reported is not ours to keep from the system.
+        unheard = any(one.outcome in (Outcome.FAILED, Outcome.IGNORED) for one in world.failures)
+        return unheard or page in world.unreported
+
     def _check_settled(self) -> None:
         world, object_ = self.world, self.world.object
         if object_.locks.busy:
@@ -320,7 +369,7 @@ class Expectation:
             self.fail("No turn at the file is lost.")
         if world.manager.reclaim._coming:
             self.fail("No promised room is lost.")
-        spent = any(world.machine.budget[name] < count for name, count in world.scenario.budget)
+        unwritten = object_.closed and any("changes are lost" in event.detail for event in world.events)
         for page in range(object_.pages.count):
             flags = object_.pages.flags[page]
             if flags & WRITEBACK or (flags & POISONED and not flags & LOST):
@@ -329,19 +378,20 @@ class Expectation:
             expected = self.history[page][-1]
             if found is not None and found.content != expected:
                 self.fail(f"What is present is what was last written: page {page}.")
-            # A frame that was nobody's when it was reported is not ours to keep from the system.
-            if (
-                found is not None
-                and found.bad
-                and page not in world.unreported
-                and not any(one.outcome in (Outcome.FAILED, Outcome.IGNORED) for one in world.failures)
-            ):
+            if found is not None and found.bad and not self._may_be_bad(page):
                 self.fail(f"No page stays in a bad frame whose failure was handled: page {page}.")
             gone = found is None or object_.closed
-            if gone and page not in object_.losses and not self.foreign and not spent:
+            if gone and page not in object_.losses and page not in self.foreign and not unwritten:
                 behind = bytes(len(expected)) if world.disk is None else self._on_disk(page)
                 if behind != expected and not (object_.closed and world.disk is None):
                     self.fail(f"What is not present can be had back: page {page}.")
+
+
+def _worked_on(locks: RangeLocks) -> set[int]:
+    """Pages that somebody has locked, or waits to lock."""
+    if not locks.busy:
+        return set()
+    return {page for one in (*locks._held, *locks._waiting) for page in range(one.first, one.end)}
 
 
 def _text(content: bytes) -> str:

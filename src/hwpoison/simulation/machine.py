@@ -25,6 +25,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import mmap
+import os
 import signal
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -141,6 +142,8 @@ class SimulatedFrame:
             self._machine.quarantine[self.number] += 1
 
     def release(self) -> None:
+        if self.page.bad and not self.page.held:
+            self._machine.given_back.append(self.number)
         self._machine.let_go(self.page)
 
 
@@ -257,6 +260,10 @@ class SimulatedStore:
             part = bytes(data[begin - offset : end - offset])
             page.content = page.content[:at] + part + page.content[at + len(part) :]
             self.machine.placed(self, index, page.content)
+
+    def has_bad(self) -> bool:
+        """True if some page is in a frame that has gone bad."""
+        return any(page is not None and page.bad for page in self.pages)
 
     def goes_bad(self, page: int, *, declared: bool) -> int | None:
         """The page's frame goes bad; its number. `declared`: the kernel says so to all who map it (linux-facts 26)."""
@@ -467,6 +474,8 @@ class SimulatedSpace:
         def change(entry: tuple[str, bool]) -> tuple[str, bool]:
             if found is not None and found[0].store.pages[found[1]] is None:
                 raise OSError(errno.EFAULT, "the page is absent")
+            if protect and found is not None and not found[0].registered_for_writes:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
             return entry if entry[0] in (PAGE, ZEROS, HWPOISON) else (PAGE, protect)
 
         await self._change("unpoison", address, self._machine.page_size, change)
@@ -596,7 +605,7 @@ class SimulatedFile:
                 self.disk.change(offset, data[:part])
             error = None
             if code:
-                self._machine.budget["write fails"] -= 1
+                self._machine.goes_wrong("write fails")
                 error = OSError(code, "write fails")
             return Written(before, self.disk.identity(), error)
 
@@ -643,6 +652,8 @@ class SimulatedMachine:
         self.large_frame_bytes = large_frame_bytes
         self.poison_markers = poison_markers
         self.budget = Counter(budget or {})
+        self.went_wrong: Counter[str] = Counter()
+        """How often each has."""
         self.waiting: list[Waiting] = []
         self.quarantine: Counter[int] = Counter()
         self.processes: list[Process] = []
@@ -656,6 +667,8 @@ class SimulatedMachine:
         self.observe: Callable[[object], None] = _unobserved
         self.bad: set[int] = set()
         """Frames that have gone bad, by number."""
+        self.given_back: list[int] = []
+        """Bad frames that were taken out and given back to the system."""
         self.free: list[int] = []
         self._frames = FIRST_FRAME
         self._inodes = 0
@@ -679,8 +692,19 @@ class SimulatedMachine:
 
     def fail(self, what: str, code: int) -> None:
         """It goes wrong."""
-        self.budget[what] -= 1
+        self.goes_wrong(what)
         raise OSError(code, what)
+
+    def goes_wrong(self, what: str) -> None:
+        """It is noted."""
+        self.budget[what] -= 1
+        self.went_wrong[what] += 1
+
+    def nothing_goes_wrong(self) -> None:
+        """From now on, neither what is under way."""
+        self.budget.clear()
+        for waiting in self.waiting:
+            del waiting.endings[1:]
 
     def misfortune(self, what: str) -> bool:
         """Whether a marker is lost here."""
@@ -688,7 +712,7 @@ class SimulatedMachine:
             return False
         if not self.choose((what.replace("is lost", "stays"), what)):
             return False
-        self.budget["marker lost"] -= 1
+        self.goes_wrong("marker lost")
         return True
 
     def process(self, name: str) -> Process:

@@ -93,6 +93,8 @@ REQUESTS: dict[str, Request] = {
 
 
 async def _report(world: World, page: int) -> None:
+    if not any(one is world.object for one in world.manager.objects()):
+        return
     with world.expectation.reporting(page) as known:
         known.append(await world.manager.report(Report(name=NAME, offset=page * PAGE_SIZE, source=Source.INJECTED)))
 
@@ -134,14 +136,16 @@ STORIES: dict[str, Callable[[World, int], Coroutine[Any, Any, None]]] = {
 
 def _truncate(world: World, page: int) -> None:
     assert world.disk is not None
+    end = len(world.disk.content) // PAGE_SIZE
+    world.expectation.changed_by_others(range(min(page, end), len(world.expectation.history)))
     world.disk.truncate(page * PAGE_SIZE)
-    world.expectation.changed_by_others()
 
 
 def _change(world: World, page: int) -> None:
     assert world.disk is not None
+    end = len(world.disk.content) // PAGE_SIZE
+    world.expectation.changed_by_others(range(min(page, end), page + 1))
     world.disk.change(page * PAGE_SIZE, token(99))
-    world.expectation.changed_by_others()
 
 
 def _collapse(world: World, page: int) -> None:

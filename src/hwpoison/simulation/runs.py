@@ -12,7 +12,7 @@ import msgspec
 
 from hwpoison.core.pages import DIRTY, LOST, POISONED, PRESENT, WRITEBACK
 from hwpoison.simulation.choices import Choices, DivergedError
-from hwpoison.simulation.explore import run
+from hwpoison.simulation.explore import STEPS_MAX, abandon, run
 from hwpoison.simulation.loop import Mode
 from hwpoison.simulation.operations import OPERATIONS
 from hwpoison.simulation.scenario import Scenario
@@ -84,6 +84,7 @@ class Replay:
                     yield f"      {pages}"
                 before = pages
         self.violation = steps_end(world)
+        abandon(world)
         if len(choices.taken) < len(self._saved.choices):
             raise DivergedError(f"diverged at choice {len(choices.taken)}: the run has ended")
 
@@ -97,6 +98,8 @@ def run_steps(world: World) -> Iterator[int]:
             world.expectation.look_at_losses()
             world.expectation.check()
             yield loop.steps
+            if loop.steps > STEPS_MAX:
+                world.expectation.fail(f"Everything settles: not after {STEPS_MAX} steps.")
     finally:
         loop.leave()
 

@@ -26,6 +26,9 @@ class Scenario:
     always there: it writes to the first page of `worker` and then reads the last (with a read-only object: reads both).
     `clients` are further processes, each with a list of operations that it does one after the other. `budget`: how often
     what may go wrong. `death`: the manager may die, once.
+
+    With `settles_after` this is a large world: what befalls it comes in the order of `operations`, and after so many steps,
+    or when all has come, nothing goes wrong any more and everything must settle (`liveness`).
     """
 
     kind: str
@@ -35,8 +38,11 @@ class Scenario:
     budget: tuple[tuple[str, int], ...] = ()
     clients: tuple[tuple[Operation, ...], ...] = ()
     death: bool = False
+    settles_after: int | None = None
 
     def __str__(self) -> str:
         happens = ", ".join(f"{name} {page}" for name, page in self.operations)
         dies = " and the manager dies" if self.death else ""
-        return f"{self.kind} {' '.join(self.states)}: {happens}{dies}"
+        clients = "; ".join(", ".join(f"{name} {page}" for name, page in script) for script in self.clients)
+        beside = f"; beside clients that {clients}" if clients else ""
+        return f"{self.kind} {' '.join(self.states)}: {happens}{dies}{beside}"

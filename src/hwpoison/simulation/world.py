@@ -15,6 +15,7 @@ from hwpoison.core.records import Failure, Notice, Outcome, Report, State
 from hwpoison.simulation.agents import Agent
 from hwpoison.simulation.choices import Choices, Control, Event, Happening
 from hwpoison.simulation.invariants import Expectation
+from hwpoison.simulation.liveness import Liveness
 from hwpoison.simulation.loop import Mode, SimulationLoop
 from hwpoison.simulation.machine import ALL, MANAGER, PAGE, Disk, Process, SimulatedFile, SimulatedMachine, SimulatedStore
 from hwpoison.simulation.operations import CHANGES, NAME, NO_LIMIT, PAGE_SIZE, SCRIPTS, STORIES, token
@@ -55,6 +56,9 @@ class World:
         self.machine.placed = self.expectation.placed
         self.agents: list[Agent] = []
         self.to_come: list[Happening] = []
+        self.later: list[Happening] = []
+        """What comes in this order, the first of it being among `to_come`."""
+        self.liveness = Liveness(self, scenario.settles_after) if scenario.settles_after is not None else None
         self.unreported: set[int] = set()
         """Pages that the kernel has declared bad, and of which the manager has not heard."""
         self.may_die = scenario.death
@@ -95,6 +99,8 @@ class World:
                 self.will_come(label, partial(CHANGES[name], self, page))
         for number, operations in enumerate(scenario.clients):
             self._join_for_long(number, operations)
+        if self.liveness is not None:
+            self._one_after_the_other()
         for page, state in enumerate(scenario.states):
             self._put(page, state)
 
@@ -103,11 +109,22 @@ class World:
         script = [
             step
             for index, (name, page) in enumerate(operations)
+            if name != "die"
             for step in SCRIPTS[name](page, token(1000 * (number + 1) + index))
         ]
-        agent = self._join(f"client {chr(ord('A') + number)}", script, mapped=operations[0][0] != "attach")
+        mapped = not script or script[0].kind != "attach"
+        agent = self._join(f"client {chr(ord('A') + number)}", script, mapped=mapped)
         if any(name == "die" for name, _ in operations):
             self.will_come(f"{agent.name} dies", agent.process.die)
+
+    def _one_after_the_other(self) -> None:
+        """In a large world all that befalls it would come before its clients have done anything, if each were offered at
+        each choice. The deaths are spread among the rest."""
+        deaths = [one for one in self.to_come if str(one).endswith("dies")]
+        self.later = [one for one in self.to_come if one not in deaths]
+        for number, death in enumerate(deaths, 1):
+            self.later.insert(len(self.later) * number // (len(deaths) + 1), death)
+        self.to_come = self.later[:1]
 
     def _join(self, name: str, script: Sequence[Step], *, mapped: bool = True) -> Agent:
         agent = Agent(self, name, script)
@@ -140,7 +157,9 @@ class World:
     def step(self) -> bool:
         """Let one thing happen; False if nothing can."""
         try:
-            return self.loop.step()
+            if self.liveness is None:
+                return self.loop.step()
+            return self.liveness.step()
         except ManagerDiedError:
             # What was told of the end of the task that has met it.
             self.loop.ready.clear()
@@ -164,11 +183,21 @@ class World:
 
         def happen() -> None:
             self.to_come.remove(one)
+            if self.later and self.later[0] is one:
+                del self.later[0]
+                self.to_come += self.later[:1]
             self.touched_all()
             what()
 
         one = Happening(name, happen)
         self.to_come.append(one)
+
+    def begin_liveness(self) -> None:
+        """Nothing goes wrong any more. What is on its way arrives: the signal of a page that the kernel has declared bad."""
+        self.machine.nothing_goes_wrong()
+        self.to_come = [one for one in self.to_come if one not in self.later]
+        self.later = []
+        self.may_die = False
 
     def _begin(self, name: str, story: Callable[[World, int], Coroutine[Any, Any, None]], page: int) -> None:
         if not self.dead:
@@ -186,7 +215,7 @@ class World:
         """The page's frame goes bad; its number. `declared`: the kernel says so by itself."""
         number = self.store.goes_bad(page, declared=declared)
         if number is not None:
-            self.expectation.bad.add(page)
+            self.expectation.frames_gone_bad += 1
         return number
 
     def is_bad(self, page: int) -> bool:
