@@ -11,21 +11,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from hwpoison.core.machine import Hits, Store, Telling
+from hwpoison.simulation.files import Disk, SimulatedFile
 from hwpoison.simulation.loop import SimulationLoop
-from hwpoison.simulation.machine import (
-    OWN_FRAME,
-    OWN_PID,
-    THREAD,
-    Area,
-    Disk,
-    Process,
-    Sigbus,
-    SimulatedFile,
-    SimulatedHits,
-    SimulatedMachine,
-    SimulatedSpace,
-    SimulatedStore,
-)
+from hwpoison.simulation.machine import OWN_FRAME, OWN_PID, SimulatedMachine
+from hwpoison.simulation.memory import SimulatedStore
+from hwpoison.simulation.processes import THREAD, Area, Process, Sigbus, SimulatedHits, SimulatedSpace
 from tests.contract.rig import ClientDiedError, Fault
 from tests.support import SECONDS_MAX
 

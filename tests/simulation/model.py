@@ -13,7 +13,9 @@ from hwpoison.core.mappings import Mapping
 from hwpoison.core.objects import MemoryObject
 from hwpoison.core.records import State
 from hwpoison.errors import Range
-from hwpoison.simulation.machine import Area, Disk, Process, SimulatedStore
+from hwpoison.simulation.files import Disk
+from hwpoison.simulation.memory import SimulatedStore
+from hwpoison.simulation.processes import Area, Process
 
 PAGE = 8
 

@@ -12,22 +12,17 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine
 
+from hwpoison.core.machine import Telling
 from hwpoison.core.manager import MemoryManager
 from hwpoison.core.mappings import Client
 from hwpoison.core.policy import TELL_LIMIT
 from hwpoison.core.records import Event, Failure, Notice, State
 from hwpoison.simulation.choices import Choices, Happening
+from hwpoison.simulation.files import SimulatedFile
 from hwpoison.simulation.loop import Mode, SimulationLoop
-from hwpoison.simulation.machine import (
-    FIRST_FRAME,
-    POISON,
-    Completion,
-    Process,
-    Sigbus,
-    SimulatedFile,
-    SimulatedMachine,
-    Telling,
-)
+from hwpoison.simulation.machine import FIRST_FRAME, Completion, SimulatedMachine
+from hwpoison.simulation.memory import POISON
+from hwpoison.simulation.processes import Process, Sigbus
 from tests.simulation.model import PAGE, Handle, Memory
 
 STEPS_MAX = 10_000

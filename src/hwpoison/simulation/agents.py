@@ -13,8 +13,9 @@ from hwpoison.core import policy
 from hwpoison.core.mappings import Client, Mapping
 from hwpoison.core.records import Report
 from hwpoison.simulation.choices import Event, Happening
-from hwpoison.simulation.machine import HWPOISON, PAGE, Area, Process, Sigbus, SimulatedHits
+from hwpoison.simulation.memory import HWPOISON, PAGE
 from hwpoison.simulation.operations import REQUESTS
+from hwpoison.simulation.processes import Area, Process, Sigbus, SimulatedHits
 from hwpoison.simulation.scenario import Step
 
 if TYPE_CHECKING:

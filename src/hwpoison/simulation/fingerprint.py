@@ -27,7 +27,7 @@ from hwpoison.core.failure import Handling, Row
 from hwpoison.core.manager import MemoryManager
 from hwpoison.core.pages import Pages
 from hwpoison.core.records import Event as LogEvent
-from hwpoison.simulation import machine
+from hwpoison.simulation import files, machine, memory, processes
 from hwpoison.simulation.agents import Agent, Guard
 from hwpoison.simulation.invariants import Expectation
 from hwpoison.simulation.loop import SimulationLoop, TimedCallback
@@ -243,8 +243,8 @@ def _learned(kind: type, value: Any) -> Callable[[Fingerprint, Any], Any]:
 
 
 _ONLY = (
-    MemoryManager, World, SimulationLoop, Expectation, machine.SimulatedMachine, machine.SimulatedHits, mappings.ReverseMap,
-    Pages, reclaim.Reclaim, Statistics, Scenario, Agent, Guard,
+    MemoryManager, World, SimulationLoop, Expectation, machine.SimulatedMachine, processes.SimulatedHits,
+    mappings.ReverseMap, Pages, reclaim.Reclaim, Statistics, Scenario, Agent, Guard,
 )  # fmt: skip
 """Of these there is one, or its content is part of the fingerprint in another place."""
 _ITERATORS: tuple[type, ...] = (
@@ -292,12 +292,12 @@ _KNOWN: dict[type, Callable[[Fingerprint, Any], Any]] = {
     ),
     Row: lambda look, value: value.state.value,
     LogEvent: lambda look, value: value.kind,
-    machine.SimulatedFile: lambda look, value: ("file", value.disk.inode),
-    machine.SimulatedStore: lambda look, value: ("store", value.name),
-    machine.SimulatedSpace: lambda look, value: ("space", value.pid),
-    machine.SimulatedFrame: lambda look, value: ("frame", look._frame(value.number), value.page.content, value.page.bad),
+    files.SimulatedFile: lambda look, value: ("file", value.disk.inode),
+    memory.SimulatedStore: lambda look, value: ("store", value.name),
+    processes.SimulatedSpace: lambda look, value: ("space", value.pid),
+    memory.SimulatedFrame: lambda look, value: ("frame", look._frame(value.number), value.page.content, value.page.bad),
     machine.Waiting: lambda look, value: ("waiting", value.what),
-    machine.Process: lambda look, value: ("process", value.pid),
-    machine.Area: lambda look, value: ("area", value.process.pid, value.address),
-    machine.Disk: lambda look, value: ("disk", value.inode),
+    processes.Process: lambda look, value: ("process", value.pid),
+    processes.Area: lambda look, value: ("area", value.process.pid, value.address),
+    files.Disk: lambda look, value: ("disk", value.inode),
 }  # fmt: skip

@@ -14,7 +14,7 @@ from hwpoison.core.locks import RangeLocks
 from hwpoison.core.mappings import Client, Mapping
 from hwpoison.core.pages import DIRTY, LOST, POISONED, PRESENT, WRITEBACK
 from hwpoison.core.records import Failure, Notice, Outcome, State
-from hwpoison.simulation.machine import PAGE, SimulatedStore
+from hwpoison.simulation.memory import PAGE, SimulatedStore
 
 if TYPE_CHECKING:
     from hwpoison.simulation.world import World

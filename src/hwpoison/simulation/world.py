@@ -14,11 +14,14 @@ from hwpoison.core.records import Event as LogEvent
 from hwpoison.core.records import Failure, Notice, Outcome, Report, State
 from hwpoison.simulation.agents import Agent
 from hwpoison.simulation.choices import Choices, Control, Event, Happening
+from hwpoison.simulation.files import Disk, SimulatedFile
 from hwpoison.simulation.invariants import Expectation
 from hwpoison.simulation.liveness import Liveness
 from hwpoison.simulation.loop import Mode, SimulationLoop
-from hwpoison.simulation.machine import ALL, MANAGER, PAGE, Disk, Process, SimulatedFile, SimulatedMachine, SimulatedStore
+from hwpoison.simulation.machine import ALL, MANAGER, SimulatedMachine
+from hwpoison.simulation.memory import PAGE, SimulatedStore
 from hwpoison.simulation.operations import CHANGES, NAME, NO_LIMIT, PAGE_SIZE, SCRIPTS, STORIES, token
+from hwpoison.simulation.processes import Process
 from hwpoison.simulation.scenario import Operation, Scenario, Step
 
 UNIT_PAGES = 4
