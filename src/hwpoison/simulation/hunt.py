@@ -67,7 +67,7 @@ COMPARED = (
     ("read-only", "present", ("hardware", "collapse")),
     ("anonymous", "present", ("report", "collapse")),
     ("anonymous", "lost", ("discard", "report")),
-    ("anonymous", "lost", ("read guarded",)),
+    ("writable", "lost", ("read guarded",)),
     ("read-only", "absent", ("read", "change")),
     ("read-only", "absent", ("read", "report")),
     ("read-only", "absent", ("read", "report", "report")),
