@@ -24,6 +24,11 @@ def test_in_every_order_every_pair_of_operations_ends_well() -> None:
     assert explored(pairs(variants=False)) > 1000
 
 
+@pytest.mark.soak
+def test_every_pair_of_operations_ends_well_beside_a_misfortune() -> None:
+    assert explored(pairs(misfortunes=True)) > 2000
+
+
 def test_wherever_the_manager_dies_nobody_reads_a_wrong_byte() -> None:
     assert explored(deaths()) > 200
 
