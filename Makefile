@@ -79,6 +79,7 @@ explore: setup
 	$(BIN)/hwpoison explore --exhaustive --mode batch --limit 6000
 	$(BIN)/hwpoison explore --exhaustive --matrix deaths --mode batch
 	$(BIN)/hwpoison explore --exhaustive --matrix two-pages --limit 4000
+	$(BIN)/hwpoison explore --seed 1 --runs 20000
 
 soak: setup
 	$(BIN)/python -m pytest -m soak -o faulthandler_timeout=0 $(ARGS)

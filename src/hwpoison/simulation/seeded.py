@@ -51,8 +51,12 @@ def scenario(seed: int) -> Scenario:
     befalls = _some(chance, kind, (*STORIES, *CHANGES))
     clients: list[list[Operation]] = [[] for _ in range(CLIENTS)]
     # A client whose views are guarded has no other mapping here.
-    does = [["read guarded", *asked] if chance.random() < 0.25 else [*plain, *plain, *asked] for _ in clients]
-    ends = [chance.choice(("", "", "", "close", "die")) for _ in clients]
+    does = [
+        ["read guarded", "read guarded twice", *asked] if chance.random() < 0.25 else [*plain, *plain, *asked]
+        for _ in clients
+    ]
+    leaving = chance.choice((0.1, 0.4, 1.0))
+    ends = [chance.choice(("close", "die")) if chance.random() < leaving else "" for _ in clients]
     operations: list[Operation] = []
     for script in clients:
         if chance.random() < 0.2:

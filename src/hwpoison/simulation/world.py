@@ -146,6 +146,8 @@ class World:
             object_.pages.set(LOST, page)
             object_.pages.set(POISONED, page)
             object_.losses[page] = Loss("sim-before", what, Outcome.RECOVERED, "")
+            # What is gone was neither zeros nor what the file has: who sees those is not shown what was last written.
+            self.expectation.begins(page, token(40 + page) if what is not State.CLEAN_FILE else None)
             self.expectation.lost_before(page)
             return
         content = self.expectation.begins(page, token(40 + page) if state == "dirty" or self.disk is None else None)
