@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import pytest
 
 from hwpoison.simulation.explore import explore
-from hwpoison.simulation.matrix import STATES, deaths, explore_all, pairs, two_pages
+from hwpoison.simulation.matrix import STATES, TWICE, deaths, explore_all, pairs, two_pages
 from hwpoison.simulation.operations import OPERATIONS, applies
 from hwpoison.simulation.scenario import Scenario
 
@@ -41,11 +41,11 @@ def test_each_matrix_has_every_state_with_every_operation_that_there_is() -> Non
         for operation in OPERATIONS
         if applies(kind, operation)
     }
-    for matrix in (pairs(), deaths()):
+    for matrix, left_out in ((pairs(), TWICE), (deaths(), ())):
         scenarios = list(matrix)
         assert len({str(one) for one in scenarios}) == len(scenarios)
         found = {(one.kind, one.states[0], name) for one in scenarios for name, _ in one.operations}
-        assert found == wanted
+        assert found == {one for one in wanted if one[2] not in left_out}
     assert {page for one in two_pages() for _, page in one.operations} == {0, 1}
 
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 PROGRESS_SECONDS = 2.0
 """How often a long search says how far it is."""
+FOUND_FOLDER = Path("tests/simulation/found")
+"""Where runs are kept that have failed once, seen from a checkout of the project."""
 
 
 @click.command
@@ -32,7 +34,8 @@ PROGRESS_SECONDS = 2.0
               help="Pairs of operations on one page, on two, or each operation with the manager's death.")  # fmt: skip
 @click.option("--misfortunes", is_flag=True, help="One write or read may fail, or one marker be lost, beside all else.")
 @click.option("--limit", metavar="N", type=click.IntRange(1), help="At most so many schedules a cell.")
-@click.option("--save", metavar="FOLDER", type=click.Path(path_type=Path, file_okay=False), help="Save runs that fail.")
+@click.option("--save", metavar="FOLDER", type=click.Path(path_type=Path, file_okay=False),
+              help="Save runs that fail; those by seed go to tests/simulation/found, where that is.")  # fmt: skip
 @json_option
 def explore(
     exhaustive: bool,
@@ -61,7 +64,7 @@ def explore(
     if replay is not None:
         return _replay(replay)
     if seed is not None:
-        return _seeded(seed, runs, mode, save, as_json)
+        return _seeded(seed, runs, mode, save or (FOUND_FOLDER if FOUND_FOLDER.is_dir() else None), as_json)
     return _mutants(limit, as_json) if mutants else _exhaustive(mode, matrix, misfortunes, limit, save, as_json)
 
 
@@ -154,7 +157,7 @@ def _seeded(seed: int, runs: int, mode: Any, save: Path | None, as_json: bool) -
     seconds = time.monotonic() - started
     rate = done.schedules / done.seconds
     shrunk = shrink_failed(done.failed, mode)
-    if save is not None:
+    if save is not None and shrunk:
         save.mkdir(parents=True, exist_ok=True)
         for one, again in shrunk:
             again.save(save / f"seed-{one.seed}.json")
@@ -185,9 +188,11 @@ def _holds(violations: int) -> int:
 def _mutants(limit: int | None, as_json: bool) -> int:
     from hwpoison.simulation.hunt import hunt_all
 
-    hunts = []
+    hunts: list[Any] = []
     for one in hunt_all(schedules_max=limit):
         hunts.append(one)
+        if as_json:
+            click.echo(f"{len(hunts)} mutants, {one.name}: {'caught' if one.caught else 'NOT CAUGHT'}", err=True)
         if not as_json:
             how = f"{one.cell} after {one.schedules:,} schedules of {one.total:,}: {one.sentence}"
             click.echo(f"{one.name}: {how if one.caught else 'NOT CAUGHT'}")
