@@ -97,9 +97,9 @@ class Choices:
         return index
 
     @property
-    def replaying(self) -> bool:
-        """True while choices of the prefix are to be taken."""
-        return len(self.taken) < len(self._prefix)
+    def known(self) -> int:
+        """How many choices the prefix has: when so many are taken, something new begins."""
+        return len(self._prefix)
 
 
 def _listed(options: Sequence[object]) -> str:

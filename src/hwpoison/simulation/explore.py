@@ -60,12 +60,15 @@ def run(scenario: Scenario, choices: Choices, mode: Mode = "quiet", *, world: Wo
     """Let the choices be made until nothing can happen any more, or something is wrong."""
     world = world or World(scenario, choices, mode)
     loop, expectation = world.loop, world.expectation
+    # This runs some million times: what can be looked up once is.
+    step, losses, taken, known = world.step, world.object.losses, choices.taken, choices.known
     violation, pruned = None, False
     loop.enter()
     try:
-        while world.step():
-            expectation.look_at_losses()
-            if not choices.replaying:
+        while step():
+            if losses:
+                expectation.look_at_losses()
+            if len(taken) >= known:
                 violation = expectation.check()
                 if violation is not None:
                     break

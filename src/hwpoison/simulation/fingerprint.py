@@ -158,6 +158,8 @@ class Fingerprint:
         kind = type(value)
         if kind in _PLAIN:
             return value
+        if kind is str:
+            return self._id(value) if value.startswith("sim-") else value
         known = _KNOWN.get(kind)
         if known is None:
             known = _KNOWN[kind] = _learned(kind, value)
@@ -258,7 +260,6 @@ _ITERATORS: tuple[type, ...] = (
 _KNOWN: dict[type, Callable[[Fingerprint, Any], Any]] = {
     **{kind: (lambda look, value, name=kind.__name__: name) for kind in _ONLY},  # type: ignore[misc]
     **{kind: (lambda look, value: (type(value).__name__, look.canonical(value.__reduce__()[1:]))) for kind in _ITERATORS},
-    str: lambda look, value: look._id(value) if value.startswith("sim-") else value,
     list: _each,
     tuple: _each,
     deque: _each,
