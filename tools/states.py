@@ -19,6 +19,15 @@ WORDS = {
     Condition.DIRTY: "newer than the file, or on its way there",
 }
 
+OUTCOMES = """
+| outcome | means |
+| --- | --- |
+| Recovered | the bad frame is isolated, and the data is back or its loss is recorded and told |
+| Delayed | isolated; the owner learns on the next access |
+| Failed | should have been isolated and could not be; or it was known before (EHWPOISON) |
+| Ignored | nothing was done; the next access will report again |
+"""
+
 HEAD = """\
 # Page states
 
@@ -46,7 +55,7 @@ def condition(row: Row) -> str:
 def text() -> str:
     """All of docs/states.md."""
     rows = (f"| {number} | {condition(row)} | {row.state} | {row.does} |" for number, row in enumerate(TABLE, 1))
-    return HEAD + "\n".join(rows) + "\n"
+    return HEAD + "\n".join(rows) + "\n" + OUTCOMES
 
 
 if __name__ == "__main__":

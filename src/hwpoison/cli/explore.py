@@ -57,7 +57,7 @@ def explore(
     Example:
       hwpoison explore --exhaustive
       hwpoison explore --seed 1 --runs 10000
-      hwpoison explore --replay tests/simulation/found/one.json
+      hwpoison explore --replay tests/simulation/found/torn-discard.json
     """
     if exhaustive + mutants + (seed is not None) + (replay is not None) != 1:
         raise click.UsageError("say one of --exhaustive, --seed S, --mutants, --replay FILE")
@@ -176,7 +176,7 @@ def _seeded(seed: int, runs: int, mode: Any, save: Path | None, as_json: bool) -
         click.echo(f"--seed {one.seed}, shrunk to {len(again.choices)} of {one.choices} choices; {where}:")
         click.echo(f"  {again.scenario}")
         click.echo(f"  {'; '.join(again.names) or 'the first option, always'}")
-    click.echo(f"{done.schedules:,} runs, {done.steps:,} steps in {seconds:.0f} s: {rate:,.0f} a second and core")
+    click.echo(f"{done.schedules:,} runs, {done.steps:,} steps in {seconds:.1f} s: {rate:,.0f} runs a second and core")
     return _holds(len(done.failed))
 
 

@@ -49,6 +49,14 @@ def log(
     if there is no log, or nothing with the id or name that is asked for; --follow waits for either.
 
     \b
+    What can happen:
+      report    somebody says that a page is bad    victim   a process whose data is gone
+      outcome   what the handler made of it         notice   that process was sent the news
+      refill    a page was read again               access   somebody touched a lost page
+      repair    a lost page has its content again   kill     who could not be told was ended
+      discard   a lost page has fresh content       error    something failed; the detail says what
+
+    \b
     Example:
       hwpoison log --limit 20
       hwpoison log --follow --json
