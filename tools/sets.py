@@ -25,7 +25,7 @@ def unordered(tree: ast.AST) -> Iterator[int]:
         elif isinstance(node, ast.Call) and ast.unparse(node.func) == "sorted":
             harmless.update(node.args)
     for node in ast.walk(tree):
-        if node not in harmless and (_declares(node) or _makes(node)):
+        if node not in harmless and (_declares(node) or _makes(node) or _by_identity(node)):
             yield node.lineno  # type: ignore[attr-defined]
 
 
@@ -36,6 +36,11 @@ def _declares(node: ast.AST) -> bool:
 def _makes(node: ast.AST) -> bool:
     called = isinstance(node, ast.Call) and ast.unparse(node.func) in NAMES
     return called or isinstance(node, ast.Set | ast.SetComp)
+
+
+def _by_identity(node: ast.AST) -> bool:
+    """Addresses of objects differ too."""
+    return isinstance(node, ast.Name) and node.id == "id"
 
 
 def main(folder: str) -> int:

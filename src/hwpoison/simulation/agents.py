@@ -38,6 +38,8 @@ class Agent:
         self.at = 0
         self.area: Area | None = None
         self.mapping: Mapping | None = None
+        self.owns = False
+        """The manager was told of its mapping, and not yet of the mapping's end."""
         self.guard = Guard(self) if any(step.kind == "look" for step in script) else None
         self.mourned = False
         self.request: Any = None
@@ -54,6 +56,7 @@ class Agent:
         self.area = self.process.map(world.store, private=private, protected=object_.tracks_dirt and not private)
         hits = self.guard.hits if self.guard is not None else None
         self.mapping = world.manager.map(self.client, object_, self.area.address, hits)
+        self.owns = True
 
     def add_events(self, events: list[Event], *, manager: bool) -> None:
         """What it, or its end, can be the next to do; with the manager, if that is alive."""
@@ -107,6 +110,7 @@ class Agent:
             self.at += 1
         elif step.kind == "tell":
             assert self.mapping is not None
+            self.owns = False
             self.world.manager.unmap(self.mapping)
             self.at += 1
         elif step.kind == "attach":
@@ -177,6 +181,7 @@ class Agent:
     def _mourn(self) -> None:
         self.world.touched_all()
         self.mourned = True
+        self.owns = False
         self.world.manager.remove_client(self.client)
 
     def _attach(self) -> None:

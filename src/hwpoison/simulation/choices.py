@@ -10,6 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+MANAGER, ALL = "manager", "all"
+"""What something can have to do with, beside pages and processes."""
+
 
 class Event(Protocol):
     """Something that can happen. Its `str()` is its name."""

@@ -13,10 +13,9 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hwpoison.simulation.choices import Choices, PrunedError
+from hwpoison.simulation.choices import ALL, Choices, PrunedError
 from hwpoison.simulation.fingerprint import Fingerprint
 from hwpoison.simulation.loop import Mode
-from hwpoison.simulation.machine import ALL
 from hwpoison.simulation.scenario import Scenario
 from hwpoison.simulation.world import World
 

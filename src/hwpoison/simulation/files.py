@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hwpoison.core.machine import Content, Identity, ShrunkError, Written
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class Disk:
-    """A file as all see it. `times` counts its changes."""
+    """A file as all see it. `times` counts its changes; `durable` is what it is after a loss of power: what was synced."""
 
     name: str
     inode: int
@@ -23,6 +23,10 @@ class Disk:
     times: int = 0
     cached: bool = False
     writable: bool = True
+    durable: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.durable = self.content
 
     def identity(self) -> Identity:
         return Identity(1, self.inode, len(self.content), self.times, self.times)
@@ -94,7 +98,10 @@ class SimulatedFile:
         return written
 
     async def sync(self) -> None:
-        endings: list[tuple[str, Callable[[], Any]]] = [("done", lambda: None)]
+        def done() -> None:
+            self.disk.durable = self.disk.content
+
+        endings: list[tuple[str, Callable[[], Any]]] = [("done", done)]
         if self._machine.allows("sync fails"):
             endings.append(("fails", lambda: self._machine.fail("sync fails", errno.EIO)))
         await self._machine.slow(f"sync {self.disk.name}", (self.disk, 0, 0), None, endings)

@@ -60,6 +60,10 @@ class Expectation:
         size = self.world.object.page_size
         return self.world.disk.content[page * size : (page + 1) * size] if self.world.disk is not None else b""
 
+    def _durable(self, page: int) -> bytes:
+        size = self.world.object.page_size
+        return self.world.disk.durable[page * size : (page + 1) * size] if self.world.disk is not None else b""
+
     # --- what is done to the memory
 
     def begins(self, page: int, content: bytes | None) -> bytes:
@@ -178,8 +182,10 @@ class Expectation:
         given_up = notice.outcome is Outcome.FAILED and notice.state is State.DIRTY_FILE
         if object_.pages.flags[page] & WRITEBACK and not self.world.loop.time() and not given_up:
             self.fail(f"A page on its way to the file is decided on when it is there: page {page}.")
-        if not any(mapping.client is client for mapping in object_.mappings.covering(page)):
+        if not any(agent.client is client and agent.owns for agent in self.world.agents):
             self.fail(f"Nobody is told of a loss that is not his: client {client.number}, page {page}.")
+        if (notice.name, notice.offset, notice.nbytes) != object_.range_of(page):
+            self.fail(f"Who is told of a loss is told where it is: {notice.offset}, {notice.nbytes} bytes, page {page}.")
         key = (notice.event_id, page, client.number)
         if key in self._told:
             self.fail(f"Each owner is told of a loss once: client {client.number}, page {page}.")
@@ -197,6 +203,9 @@ class Expectation:
         lost_it = failure.outcome is Outcome.RECOVERED and failure.state in (State.DIRTY_FILE, State.ANONYMOUS)
         if lost_it and (loss is None or loss.event_id != failure.event_id):
             self.fail(f"A failure that lost something is the loss's: {failure.event_id}, page {page}.")
+        owners = tuple(sorted(agent.process.pid for agent in self.world.agents if agent.owns))
+        if lost_it and failure.victims != owners:
+            self.fail(f"The victims of a failure are the owners: {failure.victims} and not {owners}, page {page}.")
 
     @contextmanager
     def reporting(self, page: int) -> Iterator[list[Failure]]:
@@ -244,10 +253,10 @@ class Expectation:
             if known < 0:  # It was lost before.
                 continue
             # Another flush may have failed half way after this one was done: byte for byte it is this content, or newer.
-            found, half = self._on_disk(page), self.world.object.page_size // 2
+            found, half = self._durable(page), self.world.object.page_size // 2
             newer = self.history[page][known:]
             if found[:half] not in [one[:half] for one in newer] or found[half:] not in [one[half:] for one in newer]:
-                self.fail(f"What was written before a flush() is in the file after it: page {page}.")
+                self.fail(f"What was written before a flush() is on the disk after it: page {page}.")
 
     # --- after every step
 
@@ -302,11 +311,14 @@ class Expectation:
                 continue
             self._losses.add(key)
             self.world.touched(page)
-            for mapping in object_.mappings.covering(page):
-                if (*key, mapping.client.number) not in self._told:
-                    self.fail(f"Each owner is told of a loss: client {mapping.client.number}, page {page}.")
-                if loss.state is State.DIRTY_FILE:
-                    self.owed.add(mapping)
+            # Who they are is known from the processes, not from the manager.
+            for agent in self.world.agents:
+                if not agent.owns:
+                    continue
+                if (*key, agent.client.number) not in self._told:
+                    self.fail(f"Each owner is told of a loss: client {agent.client.number}, page {page}.")
+                if loss.state is State.DIRTY_FILE and agent.mapping is not None:
+                    self.owed.add(agent.mapping)
             if loss.state is State.DIRTY_FILE:
                 # Also a handle that is gone, and whose flush is still under way.
                 self.owed.update(self._flushes)
@@ -357,9 +369,12 @@ class Expectation:
         if world.liveness is not None and world.liveness.looks:
             # Everybody has looked, and has reported what was met.
             return False
-        # A frame that was nobody's when it was reported is not ours to keep from the system.
-        unheard = any(one.outcome in (Outcome.FAILED, Outcome.IGNORED) for one in world.failures)
-        return unheard or page in world.unreported
+        return self.unheard or page in world.unreported
+
+    @property
+    def unheard(self) -> bool:
+        """True if a report came to nothing: a frame that was nobody's then is not ours to keep from the system."""
+        return any(one.outcome in (Outcome.FAILED, Outcome.IGNORED) for one in self.world.failures)
 
     def _check_settled(self) -> None:
         world, object_ = self.world, self.world.object
@@ -369,6 +384,11 @@ class Expectation:
             self.fail("No turn at the file is lost.")
         if world.manager.reclaim._coming:
             self.fail("No promised room is lost.")
+        owners = sorted(agent.client.number for agent in world.agents if agent.owns)
+        if sorted(one.client.number for one in object_.mappings) != owners:
+            self.fail("The reverse map has the mappings that there are, and no other.")
+        if object_.references != len(owners):
+            self.fail(f"The references to an object balance: {object_.references} for {len(owners)} mappings.")
         unwritten = object_.closed and any("changes are lost" in event.detail for event in world.events)
         for page in range(object_.pages.count):
             flags = object_.pages.flags[page]

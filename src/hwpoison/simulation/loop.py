@@ -16,7 +16,7 @@ from contextvars import Context, copy_context
 from itertools import count
 from typing import Any, Literal
 
-from hwpoison.simulation.choices import Choices, Event, Happening
+from hwpoison.simulation.choices import MANAGER, Choices, Event, Happening
 
 Mode = Literal["quiet", "batch"]
 """When something from outside may come: if no callback is ready, or also before the first of several runs."""
@@ -111,6 +111,7 @@ class SimulationLoop(asyncio.AbstractEventLoop):
 
     def _fire_timers(self) -> None:
         """Let time go on to the next timer, and make all ready that are due then."""
+        self.choices.footprint.add(MANAGER)
         self._now = max(self._now, self.timers[0][0])
         while self.timers and self.timers[0][0] <= self._now:
             handle = heapq.heappop(self.timers)[2]

@@ -30,7 +30,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hwpoison.core.machine import Runs, Store, Table
-from hwpoison.simulation.choices import Event
+from hwpoison.simulation.choices import MANAGER, Event
 from hwpoison.simulation.files import Disk
 from hwpoison.simulation.memory import SimulatedPage, SimulatedStore
 from hwpoison.simulation.processes import Process
@@ -39,8 +39,6 @@ OWN_PID = 2
 OWN_FRAME = 1
 FIRST_PID = 100
 FIRST_FRAME = 16
-MANAGER, ALL = "manager", "all"
-"""What can be affected, beside pages and processes."""
 
 
 class Completion:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from itertools import combinations_with_replacement
 
 from hwpoison.simulation.explore import Cell, explore
@@ -27,7 +29,7 @@ STATES = {
 BUDGETS: dict[str, tuple[tuple[str, int], ...]] = {
     "anonymous": (),
     "read-only": (("read fails", 1),),
-    "writable": (("write fails", 1),),
+    "writable": (("write fails", 1), ("sync fails", 1)),
     "cached": (("marker lost", 1),),
 }
 """What may go wrong beside the operations, and how often in a run."""
@@ -95,7 +97,7 @@ def explore_all(
     """Explore each in a process of several; in the order of the scenarios."""
     wanted = list(scenarios)
     found: dict[int, Cell] = {}
-    with ProcessPoolExecutor(processes or os.cpu_count() or 1, initializer=_begin) as pool:
+    with workers(processes) as pool:
         tasks = {pool.submit(_explore, one, mode, schedules_max): number for number, one in enumerate(wanted)}
         for task in as_completed(tasks):
             cell = found[tasks[task]] = task.result()
@@ -104,7 +106,21 @@ def explore_all(
     return [found[number] for number in range(len(wanted))]
 
 
+@contextmanager
+def workers(processes: int | None = None) -> Iterator[ProcessPoolExecutor]:
+    """Processes that explore, one for each processor. Ctrl-C ends them with what they have begun, and no more."""
+    pool = ProcessPoolExecutor(processes or os.cpu_count() or 1, initializer=_begin)
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
 def _begin() -> None:
+    # Ctrl-C reaches all processes of a terminal; it is for the one that waits.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Worlds are cycles. What is there before is never garbage.
     gc.disable()
     gc.freeze()

@@ -8,17 +8,16 @@ runs worth keeping are kept as files, not as seeds.
 from __future__ import annotations
 
 import gc
-import os
 import random
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 
 from hwpoison.simulation.choices import Choices
 from hwpoison.simulation.explore import Run, run
 from hwpoison.simulation.loop import Mode
-from hwpoison.simulation.matrix import STATES
+from hwpoison.simulation.matrix import STATES, workers
 from hwpoison.simulation.operations import CHANGES, REQUESTS, STORIES, applies
 from hwpoison.simulation.runs import SavedRun
 from hwpoison.simulation.scenario import Operation, Scenario
@@ -175,7 +174,7 @@ def run_many(
     batches = [range(first, min(first + BATCH, runs)) for first in range(0, runs, BATCH)]
     found: dict[int, Done] = {}
     total = NOTHING_DONE
-    with ProcessPoolExecutor(processes or os.cpu_count() or 1, initializer=_begin) as pool:
+    with workers(processes) as pool:
         tasks = {pool.submit(run_some, seed, batch, mode): number for number, batch in enumerate(batches)}
         for task in as_completed(tasks):
             done = found[tasks[task]] = task.result()
@@ -183,12 +182,6 @@ def run_many(
             if progress is not None:
                 progress(total)
     return sum([found[number] for number in range(len(batches))], NOTHING_DONE)
-
-
-def _begin() -> None:
-    # Worlds are cycles. What is there before is never garbage.
-    gc.disable()
-    gc.freeze()
 
 
 def shrink_failed(failed: Sequence[Failed], mode: Mode) -> list[tuple[Failed, SavedRun]]:

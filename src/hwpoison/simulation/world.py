@@ -13,12 +13,12 @@ from hwpoison.core.pages import DIRTY, LOST, POISONED
 from hwpoison.core.records import Event as LogEvent
 from hwpoison.core.records import Failure, Notice, Outcome, Report, State
 from hwpoison.simulation.agents import Agent
-from hwpoison.simulation.choices import Choices, Control, Event, Happening
+from hwpoison.simulation.choices import ALL, MANAGER, Choices, Control, Event, Happening
 from hwpoison.simulation.files import Disk, SimulatedFile
 from hwpoison.simulation.invariants import Expectation
 from hwpoison.simulation.liveness import Liveness
 from hwpoison.simulation.loop import Mode, SimulationLoop
-from hwpoison.simulation.machine import ALL, MANAGER, SimulatedMachine
+from hwpoison.simulation.machine import SimulatedMachine
 from hwpoison.simulation.memory import PAGE, SimulatedStore
 from hwpoison.simulation.operations import CHANGES, NAME, NO_LIMIT, PAGE_SIZE, SCRIPTS, STORIES, token
 from hwpoison.simulation.processes import Process
