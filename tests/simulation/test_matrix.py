@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import pytest
 
 from hwpoison.simulation.explore import explore
-from hwpoison.simulation.matrix import STATES, TWICE, deaths, explore_all, pairs, two_pages
+from hwpoison.simulation.matrix import STATES, TWICE, again, deaths, explore_all, pairs, two_pages
 from hwpoison.simulation.operations import OPERATIONS, applies
 from hwpoison.simulation.scenario import Scenario
 
@@ -22,6 +22,10 @@ def explored(scenarios: Iterable[Scenario]) -> int:
 
 def test_in_every_order_every_pair_of_operations_ends_well() -> None:
     assert explored(pairs(variants=False)) > 1000
+
+
+def test_what_is_done_again_ends_well_beside_a_misfortune() -> None:
+    assert explored(again()) > 20
 
 
 @pytest.mark.soak

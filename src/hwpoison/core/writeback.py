@@ -45,14 +45,14 @@ async def write_back_all(books: Books, object_: MemoryObject) -> OSError | None:
     if backing is None or not backing.writable:
         return None
     failed: OSError | None = None
-    written: list[tuple[int, int]] = []
     # What another flush has on its way is waited for too, and written again if that fails.
     pieces = _pieces(object_, DIRTY) + _pieces(object_, WRITEBACK)
+    # Whoever writes them: they are on the disk only when the sync below says so.
+    written = list(pieces)
     while pieces:
         first, count = pieces.pop(0)
-        error, runs, struck = await _write_back_piece(books, object_, first, count)
+        error, struck = await _write_back_piece(books, object_, first, count)
         failed = failed or error
-        written += runs
         # What was struck is for its failure to decide, which is next at the lock; if that leaves it as it is, it is written.
         pieces += [(page, 1) for page in struck]
     try:
@@ -79,7 +79,7 @@ async def write_back_some(books: Books, object_: MemoryObject, wanted: int) -> N
         busy = any(object_.pages.flags[page] & WRITEBACK for page in range(first, first + count))
         if busy or object_.closed or not object_.locks.free(first, count):
             continue
-        error, _, _ = await _write_back_piece(books, object_, first, count)
+        error, _ = await _write_back_piece(books, object_, first, count)
         if error is not None:
             _note(books, object_, error)
             return
@@ -105,14 +105,11 @@ def _note(books: Books, object_: MemoryObject, error: OSError) -> None:
     books.record("error", object_, detail=f"write-back failed: {error.strerror}")
 
 
-async def _write_back_piece(
-    books: Books, object_: MemoryObject, first: int, count: int
-) -> tuple[OSError | None, list[tuple[int, int]], list[int]]:
-    """Write what is dirty of the pages. An error, the runs that were written, or were to be, and the dirty pages that were
-    left out because a failure has struck them."""
+async def _write_back_piece(books: Books, object_: MemoryObject, first: int, count: int) -> tuple[OSError | None, list[int]]:
+    """Write what is dirty of the pages. An error, and the dirty pages that were left out as a failure has struck them."""
     async with object_.locks.hold(first, count):
         if object_.closed:
-            return None, [], []
+            return None, []
         for page in range(first, first + count):
             # Two flushes of one object: the second waits for the first one's write, or it would overtake it.
             await object_.written_back(page)
@@ -135,7 +132,7 @@ async def _write_back_piece(
             for page in range(start, start + length):
                 object_.pages.clear(WRITEBACK, page)
         object_.io_ended()
-    return failed, runs, struck
+    return failed, struck
 
 
 def _copied(object_: MemoryObject, runs: Iterable[tuple[int, int]]) -> tuple[list[tuple[int, int, bytes]], OSError | None]:

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class Disk:
-    """A file as all see it. `times` counts its changes; `durable` is what it is after a loss of power: what was synced."""
+    """A file as all see it. `times` counts its changes; `durable` is what it is after a loss of power: what was synced.
+
+    A sync makes all that is `pending` durable. One that fails does not, and nobody will try again: the system counts it as
+    written, so that it must be written anew.
+    """
 
     name: str
     inode: int
@@ -24,9 +28,24 @@ class Disk:
     cached: bool = False
     writable: bool = True
     durable: bytes = field(init=False)
+    pending: bytes = field(init=False)
+    given_up: set[int] = field(default_factory=set)
+    """Offsets that were pending when a sync failed."""
 
     def __post_init__(self) -> None:
         self.durable = self.content
+        self.pending = bytes(len(self.content))
+
+    def sync(self, *, fails: bool = False) -> None:
+        """Make durable what is pending, or not."""
+        if not fails:
+            old = self.durable.ljust(len(self.content), b"\0")
+            self.durable = bytes(
+                new if waits else was for new, was, waits in zip(self.content, old, self.pending, strict=False)
+            )
+        else:
+            self.given_up.update([at for at, waits in enumerate(self.pending) if waits])
+        self.pending = bytes(len(self.content))
 
     def identity(self) -> Identity:
         return Identity(1, self.inode, len(self.content), self.times, self.times)
@@ -34,10 +53,12 @@ class Disk:
     def change(self, offset: int, data: bytes) -> None:
         """Write, by whomever."""
         self.content = self.content[:offset].ljust(offset, b"\0") + data + self.content[offset + len(data) :]
+        self.pending = self.pending[:offset].ljust(offset, b"\1") + b"\1" * len(data) + self.pending[offset + len(data) :]
         self.times += 1
 
     def truncate(self, nbytes: int) -> None:
         self.content = self.content[:nbytes].ljust(nbytes, b"\0")
+        self.pending = self.pending[:nbytes].ljust(nbytes, b"\1")
         self.times += 1
 
 
@@ -98,12 +119,13 @@ class SimulatedFile:
         return written
 
     async def sync(self) -> None:
-        def done() -> None:
-            self.disk.durable = self.disk.content
+        def fails() -> None:
+            self.disk.sync(fails=True)
+            self._machine.fail("sync fails", errno.EIO)
 
-        endings: list[tuple[str, Callable[[], Any]]] = [("done", done)]
+        endings: list[tuple[str, Callable[[], Any]]] = [("done", self.disk.sync)]
         if self._machine.allows("sync fails"):
-            endings.append(("fails", lambda: self._machine.fail("sync fails", errno.EIO)))
+            endings.append(("fails", fails))
         await self._machine.slow(f"sync {self.disk.name}", (self.disk, 0, 0), None, endings)
 
     async def close(self) -> None:

@@ -73,7 +73,8 @@ class Fingerprint:
         ])  # fmt: skip
         disk = self._world.disk
         return (
-            stores, processes, disk and (disk.content, disk.durable, disk.times, disk.cached),
+            stores, processes,
+            disk and (disk.content, disk.durable, disk.pending, tuple(sorted(disk.given_up)), disk.times, disk.cached),
             tuple(sorted([(self._frame(number), count) for number, count in simulated.quarantine.items()])),
             tuple([self._frame(number) for number in simulated.free]), tuple(sorted(simulated.budget.items())),
             tuple(sorted([self._frame(one) for one in simulated.bad])),
@@ -149,7 +150,8 @@ class Fingerprint:
             tuple(sorted([(self._id(id_), page) for id_, page in expectation._losses])),
             tuple([(one.number, tuple(begun), *rest) for one, (begun, *rest) in expectation._flushes.items()]),
             tuple([(one.number, wrong) for one, wrong in expectation._told_of.items()]),
-            expectation.unheard, self._world.loop.time() > 0,
+            tuple([(one.number, tuple(sorted(dirty))) for one, dirty in expectation._dirty.items()]),
+            tuple(sorted(expectation._unsynced)), expectation.unheard, self._world.loop.time() > 0,
         )  # fmt: skip
 
     # --- what tasks hold

@@ -45,9 +45,9 @@ def hunt(name: str, schedules_max: int | None = None) -> Hunt:
     total = 0
     with planted(wanted):
         from hwpoison.simulation.explore import explore  # noqa: PLC0415  (with the mutant in it)
-        from hwpoison.simulation.matrix import pairs, two_pages  # noqa: PLC0415
+        from hwpoison.simulation.matrix import again, pairs, two_pages  # noqa: PLC0415
 
-        scenarios = [*pairs(misfortunes=True), *two_pages()]
+        scenarios = [*pairs(misfortunes=True), *again(), *two_pages()]
         for scenario in sorted(scenarios, key=lambda one: not str(one).startswith(wanted.hint)):
             cell = explore(scenario, wanted.mode, schedules_max=schedules_max)
             gc.collect()
@@ -66,6 +66,7 @@ COMPARED = (
     ("read-only", "present", ("hardware", "read")),
     ("read-only", "present", ("hardware", "collapse")),
     ("anonymous", "present", ("report", "collapse")),
+    ("anonymous", "present", ("read", "report", "read")),
     ("anonymous", "lost", ("discard", "report")),
     ("writable", "lost", ("read guarded",)),
     ("read-only", "absent", ("read", "change")),
@@ -73,6 +74,7 @@ COMPARED = (
     ("read-only", "absent", ("read", "report", "report")),
     ("writable", "dirty", ("flush", "report")),
     ("writable", "dirty", ("evict", "read")),
+    ("writable", "dirty", ("flush twice",)),
     ("writable", "dirty", ("write", "flush")),
     ("writable", "dirty", ("flush", "request to write", "flush")),
     ("writable", "lost", ("request to write half of",)),

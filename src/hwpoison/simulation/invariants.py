@@ -44,6 +44,10 @@ class Expectation:
         self._told: set[tuple[str, int, int]] = set()
         self._losses: set[tuple[str, int]] = set()
         self._flushes: dict[Mapping, tuple[list[int], bool, int]] = {}
+        self._dirty: dict[Mapping, set[int]] = {}
+        """What was dirty when a handle asked for a flush."""
+        self._unsynced: set[int] = set()
+        """Pages that a sync has failed for and that will not be written again: all handles are told of that once."""
         self._calm = 0
         """What had gone wrong when last nothing was under way."""
         self._told_of: dict[Mapping, int] = {}
@@ -222,6 +226,8 @@ class Expectation:
 
     def flush_begins(self, mapping: Mapping) -> None:
         """A handle asks for a flush."""
+        flags = self.world.object.pages.flags
+        self._dirty[mapping] = {page for page in range(len(self.history)) if flags[page] & (DIRTY | WRITEBACK)}
         if sum(not task.done() for task in self.world.loop.tasks) == 1:
             self._calm = self._gone_wrong()
         losses = self.world.object.losses
@@ -233,9 +239,22 @@ class Expectation:
         wrong = self.world.machine.went_wrong
         return wrong["write fails"] + wrong["sync fails"] + self.frames_gone_bad
 
+    def _look_at_given_up(self, dirty: set[int]) -> None:
+        """A sync has failed. What this flush has written and is still in memory must be dirty again; what was written
+        before, or was dropped since, is not to be had again."""
+        object_, disk = self.world.object, self.world.disk
+        if disk is None:
+            return
+        for page in sorted({at // object_.page_size for at in disk.given_up}):
+            flags = object_.pages.flags[page] if page < object_.pages.count else 0
+            if not flags & DIRTY and not (flags & PRESENT and page in dirty):
+                self._unsynced.add(page)
+        disk.given_up.clear()
+
     def flush_failed(self, mapping: Mapping) -> None:
         """It was told that changes are lost, or could not be written."""
         _, owed, calm = self._flushes.pop(mapping)
+        self._look_at_given_up(self._dirty.pop(mapping))
         wrong = self._gone_wrong() > self._told_of.get(mapping, 0) or self.world.store.has_bad()
         if mapping not in self.owed and not owed and not wrong and not self.foreign:
             self.fail("flush() fails only where changes were lost or could not be written.")
@@ -245,12 +264,13 @@ class Expectation:
     def flushed(self, mapping: Mapping) -> None:
         """It was told that all is in the file."""
         begun, owed, self._told_of[mapping] = self._flushes.pop(mapping)
+        del self._dirty[mapping]
         if owed:
             self.fail("flush() fails once for each handle if changes were lost.")
         for page, known in enumerate(begun):
             if page in self.world.object.losses or page in self.foreign or not self.world.object.tracks_dirt:
                 continue
-            if known < 0:  # It was lost before.
+            if known < 0 or page in self._unsynced:  # It was lost before.
                 continue
             # Another flush may have failed half way after this one was done: byte for byte it is this content, or newer.
             found, half = self._durable(page), self.world.object.page_size // 2

@@ -35,8 +35,8 @@ BUDGETS: dict[str, tuple[tuple[str, int], ...]] = {
 """What may go wrong beside the operations, and how often in a run."""
 VARIANTS = ("request to write half of", "hardware", "change", "collapse")
 """Operations that differ little from others. They are left out where time is short, with what little a cached file adds."""
-TWICE = ("read guarded twice",)
-"""An operation done again: explored by itself, and met in large worlds."""
+TWICE = ("read guarded twice", "flush twice")
+"""Operations done again by the same client: explored by themselves."""
 
 
 def _cells(variants: bool) -> Iterator[tuple[str, str, list[str]]]:
@@ -58,6 +58,14 @@ def pairs(*, misfortunes: bool = False, variants: bool = True) -> Iterator[Scena
         for first, second in combinations_with_replacement(once, 2):
             budget = BUDGETS[kind] if misfortunes else ()
             yield Scenario(kind, (state,), ((first, 0), (second, 0)), budget=budget)
+
+
+def again() -> Iterator[Scenario]:
+    """One page, in each state, with an operation that is done twice, and one misfortune."""
+    for kind, state, operations in _cells(variants=True):
+        for operation in operations:
+            if operation in TWICE:
+                yield Scenario(kind, (state,), ((operation, 0),), budget=BUDGETS[kind])
 
 
 def two_pages() -> Iterator[Scenario]:

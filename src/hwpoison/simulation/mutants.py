@@ -83,11 +83,11 @@ def planted(mutant: Mutant) -> Iterator[None]:
 
 
 FAILURE, FAULTS, RECOVERY = "hwpoison.core.failure", "hwpoison.core.faults", "hwpoison.core.recovery"
-WRITEBACK, LOCKS, POLICY, OBJECTS = (
+WRITEBACK, LOCKS, POLICY, MANAGER = (
     "hwpoison.core.writeback",
     "hwpoison.core.locks",
     "hwpoison.core.policy",
-    "hwpoison.core.objects",
+    "hwpoison.core.manager",
 )
 
 MUTANTS = (
@@ -248,6 +248,27 @@ MUTANTS = (
         "    present = list(object_.pages.runs(PRESENT, first, count))\n", "    present = [(page, 1)]\n",
     ),
     Mutant(
+        "what was not synced is clean", "fsyncgate, 2018: after a failed fsync(2) the next one succeeds without the data",
+        "what is not on the disk is dropped, and the next flush says that it is there", WRITEBACK,
+        "        for first, count in written:\n            _dirty_again(object_, first, count)\n", "",
+    ),
+    Mutant(
+        "the sync is left out", "fsync(2): a write is on the disk when the sync has returned",
+        "flush succeeds, and a loss of power takes what was flushed", WRITEBACK,
+        "        await backing.file.sync()\n", "        pass\n",
+    ),
+    Mutant(
+        "only the first owner is told", "Linux, collect_procs: all who have the page mapped are told",
+        "a loss goes unreported to the others", POLICY,
+        "for mapping in object_.mappings.covering(page)}", "for mapping in object_.mappings.covering(page)[:1]}",
+    ),
+    Mutant(
+        "a flush keeps its reference", "Linux: a reference was not dropped on each way out of the handler",
+        "an object stays for ever", MANAGER,
+        "            await writeback.flush(self, mapping)\n        finally:\n            self.release(mapping.object)\n",
+        "            await writeback.flush(self, mapping)\n        finally:\n            pass\n",
+    ),
+    Mutant(
         "flush says it never", "Linux: an error is told to whoever syncs, once (errseq_t)",
         "a flush succeeds although changes are lost", FAILURE,
         "        object_.error_sequence += 1\n    if frame is None:\n", "        pass\n    if frame is None:\n",
@@ -273,6 +294,10 @@ _KNOWN_CELLS = {
     "clean before the write has ended": "writable absent: read 0, flush 0",
     "an error leaves the page clean": "writable absent: read 0, evict 0",
     "one write overtakes another": "writable absent: flush 0, flush 0",
+    "what was not synced is clean": "writable dirty: flush twice 0",
+    "the sync is left out": "writable dirty: read 0, flush 0",
+    "only the first owner is told": "anonymous present: read 0, report 0",
+    "a flush keeps its reference": "writable dirty: read 0, flush 0",
     "flush says it never": "writable absent: flush 0, report 0",
     "a large frame is believed isolated": "read-only present: hardware 0, collapse 0",
     "markers stay after a repair": "anonymous lost: read 0, repair 0",

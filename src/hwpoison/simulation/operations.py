@@ -188,14 +188,15 @@ SCRIPTS: dict[str, Callable[[int, bytes], list[Step]]] = {
     "write": lambda page, data: [Step("write", page, data)],
     "read guarded": _guarded,
     "read guarded twice": lambda page, data: _guarded(page, data) * 2,
+    "flush twice": lambda page, data: [Step("flush", page), Step("flush", page)],
     "die": lambda page, data: [Step("write", page, data)],
     "close": lambda page, data: [Step("unmap", page), Step("tell", page)],
     "attach": lambda page, data: [Step("attach", page), Step("read", page)],
     **{kind: (lambda page, data, kind=kind: [Step(kind, page, data)]) for kind in REQUESTS},  # type: ignore[misc]
 }
 OPERATIONS = (*SCRIPTS, *STORIES, *CHANGES)
-_WRITING = ("write", "die", "request to write", "request to write half of", "repair", "flush", "write back")
-_FILES = ("truncate", "change", "flush", "write back")
+_WRITING = ("write", "die", "request to write", "request to write half of", "repair", "flush", "flush twice", "write back")
+_FILES = ("truncate", "change", "flush", "flush twice", "write back")
 
 
 def applies(kind: str, operation: str) -> bool:

@@ -46,7 +46,7 @@ def scenario(seed: int) -> Scenario:
     kind = chance.choice(tuple(STATES))
     pages = _pages(chance)
     plain = [one for one in ("read", "write") if applies(kind, one)]
-    asked = _some(chance, kind, tuple(REQUESTS))
+    asked = _some(chance, kind, (*REQUESTS, "flush twice"))
     befalls = _some(chance, kind, (*STORIES, *CHANGES))
     clients: list[list[Operation]] = [[] for _ in range(CLIENTS)]
     # A client whose views are guarded has no other mapping here.
