@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -161,6 +162,23 @@ def test_a_run_that_meets_another_choice_diverges() -> None:
 def test_what_is_no_run_is_said_so(text: str, tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     path.write_text(text)
+    with pytest.raises(ValueError, match="is no run of format 1"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("where", "wrong"),
+    [(("scenario", "states"), []), (("scenario", "states"), ["gone"]), (("choices", 0), -1), (("names",), []),
+     (("scenario", "operations", 0, 1), 10**30), (("scenario", "operations", 0, 0), "explode"), (("mode",), "loud")],
+)  # fmt: skip
+def test_a_run_that_cannot_be_is_refused(where: tuple[str | int, ...], wrong: object, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    document = json.loads((FOUND / "torn-discard.json").read_text())
+    place = document
+    for key in where[:-1]:
+        place = place[key]
+    place[where[-1]] = wrong
+    path.write_text(json.dumps(document))
     with pytest.raises(ValueError, match="is no run of format 1"):
         load(path)
 

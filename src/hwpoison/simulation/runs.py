@@ -14,6 +14,7 @@ from hwpoison.core.pages import DIRTY, LOST, POISONED, PRESENT, WRITEBACK
 from hwpoison.simulation.choices import Choices, DivergedError
 from hwpoison.simulation.explore import STEPS_MAX, abandon, run
 from hwpoison.simulation.loop import Mode
+from hwpoison.simulation.matrix import STATES
 from hwpoison.simulation.operations import OPERATIONS
 from hwpoison.simulation.scenario import Scenario
 from hwpoison.simulation.world import World
@@ -45,9 +46,15 @@ def load(path: Path) -> SavedRun:
             raise ValueError(f"it has format {document.get('format')!r}")
         saved = msgspec.convert(document, SavedRun)
         scenario = saved.scenario
-        for name, _ in (*scenario.operations, *(one for script in scenario.clients for one in script)):
+        for name, page in (*scenario.operations, *(one for script in scenario.clients for one in script)):
             if name not in OPERATIONS:
                 raise ValueError(f"it has an operation {name!r}")
+            if not 0 <= page < len(scenario.states):
+                raise ValueError(f"it has an operation on page {page} of {len(scenario.states)}")
+        if not scenario.states or scenario.kind not in STATES or not set(scenario.states) <= set(STATES[scenario.kind]):
+            raise ValueError(f"it has no {scenario.kind} object with pages that are {', '.join(scenario.states) or 'there'}")
+        if len(saved.names) != len(saved.choices) or any(one < 0 for one in saved.choices):
+            raise ValueError("it has not one name, and a number from 0 on, for each choice")
     except ValueError as error:
         raise ValueError(f"{path} is no run of format {FORMAT}: {error}") from error
     return saved
