@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,9 @@ def test_a_run_that_meets_another_choice_diverges() -> None:
     other = SavedRun(saved.scenario, saved.mode, saved.choices, ("something else", *saved.names[1:]), "")
     with pytest.raises(DivergedError, match="diverged at choice 0"):
         list(Replay(other).story())
+    wider = replace(saved, widths=(saved.widths[0] + 1, *saved.widths[1:]))
+    with pytest.raises(DivergedError, match="diverged at choice 0"):
+        list(Replay(wider).story())
     wide = SavedRun(saved.scenario, saved.mode, (99, *saved.choices[1:]), saved.names, "")
     with pytest.raises(DivergedError, match="diverged at choice 0"):
         list(Replay(wide).story())

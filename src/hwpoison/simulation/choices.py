@@ -49,22 +49,25 @@ class PrunedError(Control):
 class Choices:
     """Answers all questions of one run: first those of `prefix`, then the first option, or a random one.
 
-    `names`, if given, are what the choices of the prefix must be called. `hook` is asked for each new choice instead: it is
-    told its number, its options, and whether it is one between two steps (else it is inside one).
+    `names`, if given, are what the choices of the prefix must be called, `numbers` how many options each must have. `hook`
+    is asked for each new choice instead: it is told its number, its options, and whether it is one between two steps (else
+    it is inside one).
     """
 
-    __slots__ = ("_hook", "_names", "_prefix", "_random", "footprint", "observed", "taken", "told", "widths")
+    __slots__ = ("_hook", "_names", "_numbers", "_prefix", "_random", "footprint", "observed", "taken", "told", "widths")
 
     def __init__(
         self,
         prefix: Sequence[int] = (),
         *,
         names: Sequence[str] | None = None,
+        numbers: Sequence[int] = (),
         seed: int | None = None,
         hook: Hook | None = None,
     ) -> None:
         self._prefix = prefix
         self._names = names
+        self._numbers = numbers
         self._random = None if seed is None else random.Random(seed)
         self._hook = hook
         self.observed: list[object] = []
@@ -81,6 +84,8 @@ class Choices:
         number = len(self.taken)
         if number < len(self._prefix):
             index = self._prefix[number]
+            if number < len(self._numbers) and len(options) != self._numbers[number]:
+                raise DivergedError(f"diverged at choice {number}: {_listed(options)}, not {self._numbers[number]}")
             if index >= len(options):
                 raise DivergedError(f"diverged at choice {number}: option {index} of {_listed(options)}")
         elif self._hook is not None:

@@ -32,6 +32,8 @@ class SavedRun:
     choices: tuple[int, ...]
     names: tuple[str, ...]
     violation: str
+    widths: tuple[int, ...] = ()
+    """How many options each choice had."""
 
     def save(self, path: Path) -> None:
         """Write it."""
@@ -55,6 +57,8 @@ def load(path: Path) -> SavedRun:
             raise ValueError(f"it has no {scenario.kind} object with pages that are {', '.join(scenario.states) or 'there'}")
         if len(saved.names) != len(saved.choices) or any(one < 0 for one in saved.choices):
             raise ValueError("it has not one name, and a number from 0 on, for each choice")
+        if len(saved.widths) not in (0, len(saved.choices)):
+            raise ValueError("it has not one width for each choice")
     except ValueError as error:
         raise ValueError(f"{path} is no run of format {FORMAT}: {error}") from error
     return saved
@@ -64,7 +68,7 @@ def named(scenario: Scenario, mode: Mode, choices: tuple[int, ...]) -> SavedRun:
     """The run with the names of its choices, and what it ends with."""
     made = Choices(choices, names=())
     found = run(scenario, made, mode)
-    return SavedRun(scenario, mode, tuple(made.taken), tuple(made.told), found.violation or "")
+    return SavedRun(scenario, mode, tuple(made.taken), tuple(made.told), found.violation or "", tuple(made.widths))
 
 
 class Replay:
@@ -76,7 +80,7 @@ class Replay:
 
     def story(self) -> Iterator[str]:
         """What happens, and the pages after it. Raises `DivergedError` where a choice is not the one in the file."""
-        choices = Choices(self._saved.choices, names=self._saved.names)
+        choices = Choices(self._saved.choices, names=self._saved.names, numbers=self._saved.widths)
         world = World(self._saved.scenario, choices, self._saved.mode)
         told: list[str] = []
         steps = run_steps(world)

@@ -64,7 +64,10 @@ class _Shrinker:
             before = best
             best = self._smaller_world(best)
             best = self._fewer_choices(best)
-        return SavedRun(best.scenario, self._mode, best.choices, best.names, best.violation)
+        again = Choices(best.choices, names=())
+        run(best.scenario, again, self._mode)
+        widths = tuple(again.widths[: len(best.choices)])
+        return SavedRun(best.scenario, self._mode, best.choices, best.names, best.violation, widths)
 
     def _try(self, scenario: Scenario, choices: Choices) -> _Failing | None:
         """The run, without zeros at its end, if it fails as wanted."""
