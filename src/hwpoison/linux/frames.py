@@ -98,7 +98,7 @@ def mapped_by(pid: int | str, number: int) -> bool:
     """True if the process maps the frame, other than as memory of an object: that is much, and looked through by itself."""
     pagemap = PageMap(pid)
     try:
-        with open(f"/proc/{pid}/maps") as maps:
+        with open(f"/proc/{pid}/maps", errors="surrogateescape") as maps:
             for line in maps:
                 start, _, rest = line.partition("-")
                 end = int(rest.split(" ", 1)[0], 16)

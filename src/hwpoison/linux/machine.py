@@ -143,6 +143,6 @@ class LinuxMachine:
 
 def _addresses() -> int:
     """How many bytes of addresses a process has here: its stack is near their end."""
-    with open("/proc/self/maps") as maps:
+    with open("/proc/self/maps", errors="surrogateescape") as maps:
         ends = [int(line.split()[0].partition("-")[2], 16) for line in maps if "[stack]" in line]
     return 1 << max(ends).bit_length()
