@@ -39,6 +39,20 @@ def test_a_page_is_reached_by_name_and_by_the_address_of_any_of_its_mappings(man
 
 
 @pytest.mark.usefixtures("root")
+def test_a_foreign_frame_is_unknown_also_beside_a_file_whose_name_is_not_text(
+    manager: hwpoison.Manager, tmp_path: Path
+) -> None:
+    path = os.fsencode(tmp_path) + b"/\xff"
+    with open(path, "wb") as file:
+        file.write(b"z" * PAGE)
+    memory = manager.open(path)
+    assert memory.read(0, 1) == b"z"
+    failure = manager.report(pfn=(1 << 40) - 1)
+    assert (failure.state, failure.name) == (State.UNKNOWN, None)
+    assert failure.event_id in [event.event_id for event in manager.events() if event.kind == "outcome"]
+
+
+@pytest.mark.usefixtures("root")
 def test_a_page_is_reached_by_its_frame_and_by_its_physical_address(manager: hwpoison.Manager, file: MakeFile) -> None:
     table, weights = manager.allocate(1000 * PAGE, "t"), manager.open(file(8 * PAGE), name="w")
     touch(table)
