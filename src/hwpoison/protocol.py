@@ -81,9 +81,10 @@ class Open(Message):
 
 
 class Attach(Message):
-    """An object that exists. Reply: `Found`."""
+    """An object that exists; `object`: only if it is this one, and not another that has its name by now. Reply: `Found`."""
 
     name: str
+    object: int | None = None
 
 
 class Map(Message):

@@ -23,11 +23,12 @@ from tests.support import SECONDS_MAX, need
 class Core:
     """A manager of memory, and what it has said. Nobody maps anything, so nobody is told."""
 
-    def __init__(self, machine: LinuxMachine, folder: Path, limit_pages: int | None) -> None:
+    def __init__(self, machine: LinuxMachine, folder: Path, limit_pages: int | None, files_least: int) -> None:
         self.machine = machine
         self.events: list[Event] = []
         limit = None if limit_pages is None else limit_pages * PAGE_SIZE
         self.manager = MemoryManager(machine, self, instance="test", memory_limit=limit)
+        self.manager.reclaim.files_least = files_least
         self._folder = folder
         self._files = 0
 
@@ -99,11 +100,12 @@ def machine() -> Iterator[LinuxMachine]:
 
 @pytest.fixture
 def run(machine: LinuxMachine, tmp_path: Path) -> Run:
-    """Run a story on a core of its own; `limit_pages` is its memory limit."""
+    """Run a story on a core of its own; `limit_pages` is its memory limit, `files_least` what files may have
+    in any case."""
 
-    def run(story: Callable[[Core], Awaitable[None]], limit_pages: int | None = None) -> None:
+    def run(story: Callable[[Core], Awaitable[None]], limit_pages: int | None = None, files_least: int = 0) -> None:
         async def whole_story() -> None:
-            core = Core(machine, tmp_path, limit_pages)
+            core = Core(machine, tmp_path, limit_pages, files_least)
             try:
                 async with asyncio.timeout(SECONDS_MAX):
                     await story(core)

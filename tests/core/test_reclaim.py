@@ -10,7 +10,7 @@ import pytest
 
 from hwpoison.core.objects import MemoryObject
 from hwpoison.core.pages import DIRTY, POISONED, PRESENT, WRITEBACK
-from hwpoison.core.reclaim import GENERATIONS
+from hwpoison.core.reclaim import FILES_LEAST, GENERATIONS
 from hwpoison.core.records import State
 from hwpoison.core.recovery import drop, room, write
 from hwpoison.linux.syscalls import PAGE_SIZE
@@ -139,13 +139,35 @@ def test_anonymous_pages_count_and_are_never_dropped(run: Run) -> None:
     run(story, limit_pages=16)
 
 
+def test_files_have_some_pages_in_any_case_and_what_has_just_come_stays(run: Run) -> None:
+    async def story(core: Core) -> None:
+        memory = core.allocate(2000)
+        file = core.open(core.new_file(300))
+        for page in range(200):
+            await core.bring_in(file, page)
+        # Pages came by the hundred in each generation; what is left to files must be aged more finely than that.
+        await core.bring_in(memory, 0, 2000)
+        assert file.pages.present == FILES_LEAST
+        for page in random.Random(1).sample(range(299), 200):
+            for one in (page + 1, page):
+                if not file.is_present(one):
+                    await core.bring_in(file, one)
+            assert file.is_present(page)
+            assert file.is_present(page + 1)
+            assert file.pages.present == FILES_LEAST
+            assert core.manager.reclaim.largest_window == FILES_LEAST // 8
+        assert memory.pages.present == 2000
+
+    run(story, limit_pages=2000, files_least=FILES_LEAST)
+
+
 def test_without_a_limit_nothing_is_dropped(run: Run) -> None:
     async def story(core: Core) -> None:
         file = core.open(core.new_file(2000))
         for first in range(0, 2000, 100):
             await core.bring_in(file, first, 100)
         assert file.pages.present == core.manager.reclaim.present == 2000
-        assert room(core.manager, 1 << 40)
+        assert room(core.manager, file, 1 << 40)
 
     run(story)
 

@@ -344,3 +344,46 @@ def test_threads_that_open_and_close_memories_do_not_get_in_each_others_way(
         thread.join()
     assert errors == []
     wait_until(lambda: manager.objects() == [], "all objects have ended")
+
+
+def test_a_memory_of_another_manager_is_not_taken_for_ours(manager: hwpoison.Manager) -> None:
+    ours = manager.allocate(PAGE, "same name")
+    with hwpoison.Manager() as other:
+        theirs = other.allocate(PAGE, "same name")
+        for strike in (
+            lambda: manager.inject(theirs, 0),
+            lambda: manager.report(theirs, 0),
+            lambda: other.inject(ours, 0),
+        ):
+            with pytest.raises(ValueError, match="another manager's"):
+                strike()
+        assert theirs.lost() == ours.lost() == []
+    with hwpoison.connect(manager.socket) as same:
+        assert same.inject(ours, 0).outcome == hwpoison.Outcome.RECOVERED
+    ours.close()
+    with pytest.raises(ValueError, match="closed"):
+        manager.inject(ours, 0)
+
+
+def test_what_no_name_source_shape_or_content_can_be_is_said_in_words(manager: hwpoison.Manager) -> None:
+    table = manager.allocate(4 * PAGE, "t")
+    refused: list[tuple[type[Exception], str, Callable[[], object]]] = [
+        (ValueError, "is Unicode text", lambda: manager.allocate(1, "\udcff")),
+        (ValueError, "is Unicode text", lambda: manager.attach("\udcff")),
+        (ValueError, "is Unicode text", lambda: manager.inject("\udcff", 0)),
+        (ValueError, "is Unicode text", lambda: manager.report(table, 0, source="\udcff")),
+        (ValueError, "at most 256 characters", lambda: manager.report(table, 0, source="x" * 257)),
+        (ValueError, "contiguous", lambda: table.write(0, numpy.zeros(16, "u1")[::2])),
+        (ValueError, "contiguous", lambda: table.repair(0, numpy.zeros((2, PAGE), "u1").T)),
+        (TypeError, "bytes-like", lambda: table.write(0, 7)),  # type: ignore[arg-type]
+        (TypeError, "shape is a whole number", lambda: table.array("u1", "3")),  # type: ignore[arg-type]
+        (TypeError, "a number in shape is a whole number", lambda: table.array("u1", (2, 1.5))),  # type: ignore[arg-type]
+        (ValueError, "must be 0 or more", lambda: table.array("u1", (2, -1))),
+    ]
+    for kind, message, action in refused:
+        with pytest.raises(kind, match=message):
+            action()
+    table.write(0, numpy.zeros((0, 3)))
+    assert table.repair(0, numpy.zeros((0, 3))) == 0
+    assert table.array("u1", numpy.array([2, 3])).shape == (2, 3)  # type: ignore[arg-type]
+    assert table.lost() == []

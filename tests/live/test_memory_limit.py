@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import hwpoison
+from hwpoison.core.reclaim import FILES_LEAST
 from hwpoison.linux.syscalls import PAGE_SIZE
 from tests.large_frames import BLOCK_BYTES, collapse
 from tests.live.conftest import known
@@ -69,3 +72,40 @@ def test_files_are_written_right_within_a_limit_of_whole_large_frames(file: Make
         assert memory.buffer == expected
         assert manager.statistics().memory_present <= limit
     assert path.read_bytes() == expected
+
+
+READS_AND_WRITES = """
+import os, random, sys
+import hwpoison
+with hwpoison.connect() as manager:
+    memory = manager.attach(sys.argv[1])
+    page, chance = os.sysconf("SC_PAGE_SIZE"), random.Random(int(sys.argv[2]))
+    mine = 8 + 8 * int(sys.argv[2])
+    for _ in range(200):
+        # The borders between pages, from many places of the file to a place of one's own.
+        there = chance.randrange(40 * page - 7, memory.nbytes - 8, page)
+        content = memory.buffer[there : there + 8].tobytes()
+        assert content == memory.read(there, 8)
+        at = page * mine - 4
+        memory.buffer[at : at + 8] = content
+        assert memory.buffer[at : at + 8] == content
+"""
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_accesses_over_the_borders_of_pages_end_however_little_a_limit_leaves_to_files(filled: bool, file: MakeFile) -> None:
+    limit = 64 * PAGE_SIZE if filled else PAGE_SIZE
+    nbytes = 300 * PAGE_SIZE
+    path = file(nbytes)
+    with hwpoison.Manager(memory_limit=limit) as manager:
+        if filled:
+            manager.allocate(limit).buffer[:] = bytes([1]) * limit
+        memory = manager.open(path, "r+", name="file")
+        assert memory.read(PAGE_SIZE - 6, 12) == known(nbytes)[PAGE_SIZE - 6 : PAGE_SIZE + 6]
+        environment = {**os.environ, "HWPOISON_SOCKET": manager.socket}
+        clients = [
+            subprocess.Popen([sys.executable, "-c", READS_AND_WRITES, "file", str(number)], env=environment)
+            for number in range(3)
+        ]
+        assert [client.wait() for client in clients] == [0, 0, 0]
+        assert manager.statistics().memory_present <= (limit if filled else 0) + FILES_LEAST * PAGE_SIZE

@@ -49,6 +49,18 @@ def test_a_memory_that_is_pickled_within_a_process_comes_by_the_same_connection(
     assert manager.statistics().clients == 1
 
 
+def test_a_pickled_memory_never_becomes_another_object_of_its_name(manager: hwpoison.Manager) -> None:
+    with manager.allocate(PAGE, "mine") as memory:
+        pickled = pickle.dumps(memory)
+    with pytest.raises(ValueError, match="closed"):
+        pickle.dumps(memory)
+    other = manager.allocate(PAGE, "mine")
+    with pytest.raises(FileNotFoundError, match="another object has its name"):
+        pickle.loads(pickled)
+    other.buffer[:3] = b"abc"
+    assert pickle.loads(pickle.dumps(other)).read(0, 3) == b"abc"
+
+
 def test_a_pickled_memory_whose_manager_has_ended_is_a_connection_error() -> None:
     with hwpoison.Manager() as manager:
         pickled = pickle.dumps(manager.allocate(1))

@@ -14,8 +14,8 @@ from hwpoison import PoisonError, State
 from tests.live.conftest import known
 from tests.live.frames import PAGE
 
-NBYTES = 70 * PAGE + 123
-PAGES = 71
+NBYTES = 140 * PAGE + 123
+PAGES = 141
 STEPS = 700
 
 

@@ -71,6 +71,7 @@ class Stage(RuleBasedStateMachine):
         self.loop = SimulationLoop(self.choices, self.outside, mode)  # type: ignore[abstract]
         self.limit = limit
         self.manager = MemoryManager(self.machine, self, instance="t", memory_limit=limit and limit * PAGE)
+        self.manager.reclaim.files_least = 0
         self.clients: dict[Process, Client] = {}
         self.memories: list[Memory] = []
         for number, (kind, nbytes, offset, rest, cached) in enumerate(objects):

@@ -279,15 +279,16 @@ class AnyMemory(Stage):
             return {State.DIRTY_FILE}
         return {State.CLEAN_FILE, State.DIRTY_FILE} if page in memory.touched | memory.stored else {State.CLEAN_FILE}
 
-    @precondition(lambda self: self.limit is not None)
+    @precondition(lambda self: self.limit is not None and any(one.is_open and one.disk is not None for one in self.memories))
     @rule(data=st.data(), wanted=st.integers(1, 12))
     def somebody_wants_room(self, data: Any, wanted: int) -> None:
         """As much as if the limit were met."""
         with self.step(data):
+            file = next(one.object for one in self.memories if one.is_open and one.disk is not None)
             reclaim = self.manager.reclaim
             before = reclaim.present
             limit, reclaim.limit = reclaim.limit, before
-            self.run(recovery.make_room(self.manager, wanted))
+            self.run(recovery.make_room(self.manager, file, wanted))
             reclaim.limit = limit
             clean = [
                 (one, page) for one in self.memories if one.is_open and one.disk is not None

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import SupportsIndex
+
+from hwpoison.core.machine import Content
 
 
 def whole(what: str, number: SupportsIndex) -> int:
@@ -20,3 +23,31 @@ def not_negative(what: str, number: SupportsIndex) -> int:
     if checked < 0:
         raise ValueError(f"{what} {checked}: must be 0 or more")
     return checked
+
+
+def shape_of(shape: int | Iterable[SupportsIndex]) -> tuple[int, ...]:
+    """A shape as numpy has it. Raises TypeError, ValueError."""
+    if isinstance(shape, Iterable) and not isinstance(shape, (str, bytes)):
+        return tuple(not_negative("a number in shape", one) for one in shape)
+    return (not_negative("shape", shape),)  # type: ignore[arg-type]
+
+
+def text(what: str, value: str) -> str:
+    """`value`, if it can be written as UTF-8. Raises ValueError."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{what} is Unicode text, and {value!a} is not; objects() and `hwpoison objects` show names as they are"
+        ) from None
+    return value
+
+
+def as_bytes(data: Content) -> memoryview:
+    """The bytes of any buffer, one after the other. Raises TypeError for what is none, ValueError for one with gaps."""
+    view = memoryview(data)
+    if not view.nbytes:
+        return memoryview(b"")
+    if not view.c_contiguous:
+        raise ValueError("the data is not contiguous in C order; of an array, pass numpy.ascontiguousarray(it)")
+    return view.cast("B")

@@ -21,7 +21,7 @@ from typing import Literal, Self
 
 from hwpoison import events as event_log
 from hwpoison import protocol
-from hwpoison.app.checking import not_negative, whole
+from hwpoison.app.checking import not_negative, text, whole
 from hwpoison.app.connection import Connection, Descriptor
 from hwpoison.app.memory import Memory
 from hwpoison.app.notices import Notices
@@ -103,6 +103,10 @@ class BaseManager:
         """An object that this or another process has made. Raises FileNotFoundError."""
         return self._memory(protocol.Attach(_checked_name(name) or ""))
 
+    def attach_object(self, name: str, number: int) -> Memory:
+        """As `attach`, if it is still that object. For `pickle`."""
+        return self._memory(protocol.Attach(name, number))
+
     def _memory(self, message: protocol.Message, fds: list[int] | None = None) -> Memory:
         # Until it is mapped, the manager holds it for us, and gives it up when the channel ends.
         channel = self.connection.take_channel()
@@ -147,7 +151,7 @@ class BaseManager:
         """
         offset = not_negative("offset", offset)
         return self._report(
-            Report(name=_name(memory), offset=offset, source=Source.INJECTED, action_required=action_required)
+            Report(name=self._name(memory), offset=offset, source=Source.INJECTED, action_required=action_required)
         )
 
     def report(
@@ -177,6 +181,7 @@ class BaseManager:
                 not_negative(what, number)
         if not isinstance(source, str):
             raise TypeError(f"source is a str, not {type(source).__name__}")
+        text("source", source)
         if [name, pfn, physical, pid].count(None) != 3:
             raise ValueError("report needs one of: name and offset, pfn=, physical=, pid= and address=")
         if source == Source.INJECTED:
@@ -185,7 +190,7 @@ class BaseManager:
             pfn = physical // PAGE_SIZE
         return self._report(
             Report(
-                name=None if name is None else _name(name),
+                name=None if name is None else self._name(name),
                 offset=offset,
                 pfn=pfn,
                 pid=pid,
@@ -194,6 +199,17 @@ class BaseManager:
                 action_required=action_required,
             )
         )
+
+    def _name(self, memory: str | Memory) -> str:
+        if isinstance(memory, str):
+            return text("an object's name", memory)
+        if not isinstance(memory, Memory):
+            raise TypeError(f"a memory, or the name of an object as a str, not {type(memory).__name__}")
+        if memory.closed:
+            raise ValueError(f"memory {memory.name!r} is closed; pass the name if another process has it open")
+        if memory.instance != self.connection.welcome.instance:
+            raise ValueError(f"memory {memory.name!r} is another manager's; an object here that has its name is not it")
+        return memory.name
 
     def _report(self, report: Report) -> Failure:
         return self.connection.request(protocol.ReportPage(report), protocol.Handled).failure
@@ -262,13 +278,7 @@ class BaseManager:
 def _checked_name(name: str | None) -> str | None:
     if name is not None and not isinstance(name, str):
         raise TypeError(f"an object's name is a str, not {type(name).__name__}")
-    return name
-
-
-def _name(memory: str | Memory) -> str:
-    if not isinstance(memory, (str, Memory)):
-        raise TypeError(f"a memory, or the name of an object as a str, not {type(memory).__name__}")
-    return memory if isinstance(memory, str) else memory.name
+    return None if name is None else text("an object's name", name)
 
 
 class Manager(BaseManager):
@@ -396,11 +406,18 @@ _shared: list[SharedManager] = []
 """Those that were connected for pickled memories: nobody else keeps them."""
 
 
-def attach_by_name(socket_name: str, name: str) -> Memory:
-    """What a pickled `Memory` becomes: attached in this process, through the connection that it has to that manager."""
+def attach_pickled(socket_name: str, instance: str, name: str, number: int) -> Memory:
+    """What a pickled `Memory` becomes: attached in this process, through the connection that it has to that manager.
+
+    Raises FileNotFoundError if that object is no more, whatever has its name by now.
+    """
     for manager in tuple(_managers):
         connection = manager.connection
-        if connection.socket_name == socket_name and connection.owner == os.getpid() and not connection.closed:
-            return manager.attach(name)
-    _shared.append(connect(socket_name))
-    return _shared[-1].attach(name)
+        if connection.welcome.instance == instance and connection.owner == os.getpid() and not connection.closed:
+            return manager.attach_object(name, number)
+    manager = connect(socket_name)
+    if manager.connection.welcome.instance != instance:
+        manager.close()
+        raise FileNotFoundError(f"the manager that had memory {name!r} has ended; the one at {socket_name} is another")
+    _shared.append(manager)
+    return manager.attach_object(name, number)

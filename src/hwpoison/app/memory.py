@@ -17,7 +17,7 @@ import numpy
 import numpy.typing
 
 from hwpoison import protocol
-from hwpoison.app.checking import whole
+from hwpoison.app.checking import as_bytes, whole
 from hwpoison.app.connection import Descriptor, Reply, Watch
 from hwpoison.app.view import GuardedView, Visit, array_over, memory_of
 from hwpoison.core.machine import Content
@@ -74,6 +74,8 @@ class Memory:
         self._found = found
         self._descriptor: Descriptor | None = descriptor
         self.object_number = found.object
+        self.instance = manager.connection.welcome.instance
+        """Which manager it is of."""
         self.name = found.name
         self.nbytes = found.nbytes
         self.kind = found.kind
@@ -213,7 +215,7 @@ class Memory:
         Raises PoisonError, with nothing written, if a page that is covered in part is lost; ValueError outside the memory;
         PermissionError if it is read-only. Pages that are lost while this writes are told by PoisonError too.
         """
-        view = memoryview(data).cast("B")
+        view = as_bytes(data)
         offset, _ = self._checked_range(offset, len(view))
         if not self.writable:
             raise PermissionError(errno.EACCES, f"{self.name!r} is open read-only; open it with mode 'r+'")
@@ -285,7 +287,7 @@ class Memory:
         `data` covers whole pages; those of them that are not lost stay as they are. Raises ValueError if it does not,
         PermissionError if the memory is read-only.
         """
-        view = memoryview(data).cast("B")
+        view = as_bytes(data)
         offset, _ = self._checked_range(offset, len(view))
         end = offset + len(view)
         if len(view) and (offset % PAGE_SIZE or (end % PAGE_SIZE and end != self.nbytes)):
@@ -379,10 +381,11 @@ class Memory:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def __reduce__(self) -> tuple[Callable[[str, str], Memory], tuple[str, str]]:
-        from hwpoison.app.manager import attach_by_name  # noqa: PLC0415  (managers make memories)
+    def __reduce__(self) -> tuple[Callable[[str, str, str, int], Memory], tuple[str, str, str, int]]:
+        from hwpoison.app.manager import attach_pickled  # noqa: PLC0415  (managers make memories)
 
-        return attach_by_name, (self._connection.socket_name, self.name)
+        self._check_open()
+        return attach_pickled, (self._connection.socket_name, self.instance, self.name, self.object_number)
 
     def __repr__(self) -> str:
         return f"<hwpoison.Memory {self.name!r} {self.kind} {self.nbytes} bytes at {self.address:#x}>"

@@ -24,7 +24,7 @@ import numpy
 import numpy.typing
 
 from hwpoison import protocol
-from hwpoison.app.checking import whole
+from hwpoison.app.checking import shape_of, whole
 from hwpoison.app.connection import Connection
 from hwpoison.errors import Range
 from hwpoison.linux import syscalls
@@ -247,9 +247,11 @@ def array_over(
     offset = whole("offset", offset)
     if offset > len(buffer):
         raise ValueError(f"offset {offset} is not within the {len(buffer)} bytes")
-    if offset < 0 or (shape is not None and any(one < 0 for one in numpy.atleast_1d(shape))):
-        raise ValueError(f"offset {offset} and shape {shape} are 0 or more")
-    if shape is None:
+    if offset < 0:
+        raise ValueError(f"offset {offset}: must be 0 or more")
+    if shape is not None:
+        shape = shape_of(shape)
+    else:
         if (len(buffer) - offset) % item.itemsize:
             raise ValueError(f"{len(buffer) - offset} bytes from offset {offset} are no whole number of {item}; pass shape=")
         shape = ((len(buffer) - offset) // item.itemsize,)

@@ -328,7 +328,7 @@ async def _lose(handling: Handling) -> Outcome:
         object_.error_sequence += 1
     if frame is None:
         return _lose_block(handling)
-    isolated = _quarantine(handling, frame)
+    isolated = _quarantine(handling, object_, frame)
     handling.victims = lose(books, object_, page, handling.loss(isolated))
     return isolated
 
@@ -345,7 +345,7 @@ async def _read_again(handling: Handling) -> Outcome:
     frame = isolate(object_, page, handling.place.pfn)
     if frame is None:
         return _lose_block(handling)
-    isolated = _quarantine(handling, frame)
+    isolated = _quarantine(handling, object_, frame)
     await object_.watch(page, 1)
     mappings = object_.mappings.covering(page)
     if mappings:
@@ -361,10 +361,10 @@ async def _read_again(handling: Handling) -> Outcome:
     return isolated
 
 
-def _quarantine(handling: Handling, frame: Frame) -> Outcome:
+def _quarantine(handling: Handling, object_: MemoryObject, frame: Frame) -> Outcome:
     """Hold the frame for ever. Where the system allows no more of that, it goes back to it: the page is recovered, the
     frame is not isolated."""
-    handling.books.reclaim.left(1)
+    handling.books.reclaim.left(object_, 1)
     try:
         frame.quarantine()
     except OSError as error:

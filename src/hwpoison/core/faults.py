@@ -53,7 +53,7 @@ def _at_once(books: Books, mapping: Mapping, page: int, write: bool) -> bool:
     if flags & PRESENT:
         mapping.wake(page)
         return True
-    if flags or page in mapping.reads or (write and object_.tracks_dirt) or not room(books, 1):
+    if flags or page in mapping.reads or (write and object_.tracks_dirt) or not room(books, object_, 1):
         return False
     backing = object_.backing
     if backing is None:

@@ -19,6 +19,8 @@ from hwpoison.core.writeback import write_back_all
 
 NAME_LIMIT = 4096
 """Most characters of an object's name: those of the longest path. Every notice has the name in it."""
+SOURCE_LIMIT = 256
+"""Most characters of who found a failure: the event log keeps them."""
 
 
 class MemoryManager(Books):
@@ -142,7 +144,7 @@ class MemoryManager(Books):
                 )
             object_.closed = True
             del self._objects[object_.name]
-            self.reclaim.left(object_.pages.present)
+            self.reclaim.left(object_, object_.pages.present)
             object_.store.close()
             if object_.backing is not None:
                 await object_.backing.file.close()
@@ -208,6 +210,8 @@ class MemoryManager(Books):
         numbers = (report.offset, report.pfn, report.pid, report.address)
         if ways.count(None) != 2 or not complete:
             raise ValueError("a report names a page by one of: name and offset, pfn, pid and address")
+        if len(report.source) > SOURCE_LIMIT:
+            raise ValueError(f"the source of a report has at most {SOURCE_LIMIT} characters, not {len(report.source)}")
         if any(number is not None and number < 0 for number in numbers):
             raise ValueError("the offset, frame, process or address of a report is 0 or more")
         if report.name is not None:
@@ -224,9 +228,7 @@ class MemoryManager(Books):
 
     async def prefetch(self, mapping: Mapping, first: int, count: int) -> None:
         """Bring pages in, as many as the memory limit lets stay; those that can't be had are left for their access."""
-        if self.reclaim.limit is not None:
-            count = min(count, self.reclaim.limit // 2)
-        await faults.prefetch(self, mapping.object, first, count)
+        await faults.prefetch(self, mapping.object, first, min(count, self.reclaim.for_files // 2))
 
     async def write_back(self) -> None:
         """What is dirty now is in the files when this returns; what could not be written was recorded."""

@@ -1,8 +1,8 @@
 """A manager that holds less memory than its objects: clean file pages are dropped, the least recently brought in first.
 
-Age is one byte a page: the generation in which it came. A generation ends when a sixty-fourth of the limit has come, so
-"least recently" is right to that grain. When the byte has no value left, what remains of the oldest generation joins the
-next one: their order is lost, which matters little at such an age.
+Age is one byte a page: the generation in which it came. A generation ends when a sixty-fourth of what files may have has
+come, so "least recently" is right to that grain. When the byte has no value left, what remains of the oldest generation
+joins the next one: their order is lost, which matters little at such an age.
 
 A unit (`Machine.large_frame_bytes`) that is present as a whole goes as a whole, or stays. Objects refuse large frames, but
 whoever has the memory can have the kernel make one of such a unit all the same, and a part of it that is taken out while
@@ -14,14 +14,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from hwpoison.core.accounting import Statistics
 from hwpoison.core.objects import MemoryObject
 from hwpoison.core.pages import PRESENT
 
+FILES_LEAST = 64
+"""Pages that files may have in any case, even over the limit. One access can need four pages at the same time (a move from
+unaligned bytes to unaligned bytes), a write as many again; with too few for all threads each would push out what another has
+just been given, and none would get on."""
 GENERATIONS = 255
 """Values of the byte that are generations; 0 is none."""
 _ABSENT = bytes(0 if value & PRESENT else 1 for value in range(256))
+
+
+@dataclass(slots=True)
+class _Count:
+    present: int = 0
+    coming: int = 0
+    """Pages for which there is room, and which are not here yet."""
+
+    @property
+    def all(self) -> int:
+        return self.present + self.coming
 
 
 class Reclaim:
@@ -31,26 +47,38 @@ class Reclaim:
         self._objects = objects
         self._statistics = statistics
         self.limit = limit
-        self.present = 0
-        """Pages that are present, of all objects."""
+        self.files_least = FILES_LEAST
+        self._files = _Count()
+        self._anonymous = _Count()
         self._generation = 1
         self._oldest = 1
         self._came = 0
-        self._coming = 0
-        """Pages for which there is room, and which are not here yet."""
+
+    @property
+    def present(self) -> int:
+        """Pages that are present, of all objects."""
+        return self._files.present + self._anonymous.present
+
+    @property
+    def for_files(self) -> int:
+        """How many pages all files together may have."""
+        return 1 << 30 if self.limit is None else max(self.limit - self._anonymous.all, self.files_least)
 
     @property
     def largest_window(self) -> int:
         """Most pages that one fault should bring in: a window must not push out what it has just brought."""
-        return 1 << 30 if self.limit is None else max(1, self.limit // 8)
+        return max(1, self.for_files // 8)
+
+    def _of(self, object_: MemoryObject) -> _Count:
+        return self._anonymous if object_.backing is None else self._files
 
     def arrived(self, object_: MemoryObject, count: int) -> int:
         """`count` pages of the object come; the generation to note for them."""
-        self.present += count
+        self._of(object_).present += count
         if self.limit is None or object_.backing is None:
             return 0
         self._came += count
-        if self._came >= max(1, self.limit // 64):
+        if self._came >= max(1, self.for_files // 64):
             self._came = 0
             self._generation = self._generation % GENERATIONS + 1
             if self._generation == self._oldest:
@@ -63,28 +91,36 @@ class Reclaim:
             object_.pages.join_generation(self._oldest, following)
         self._oldest = following
 
-    def left(self, count: int) -> None:
-        """`count` pages are gone."""
-        self.present -= count
+    def left(self, object_: MemoryObject, count: int) -> None:
+        """`count` pages of the object are gone."""
+        self._of(object_).present -= count
 
-    def over(self, count: int) -> int:
-        """How many pages would have to go so that `count` more can come."""
-        return 0 if self.limit is None else self.present + self._coming + count - self.limit
+    def over(self, object_: MemoryObject, count: int) -> int:
+        """How many pages of files would have to go so that `count` pages of the object can come."""
+        if self.limit is None:
+            return 0
+        anonymous, files = self._anonymous.all, self._files.all
+        if object_.backing is None:
+            anonymous += count
+        else:
+            files += count
+        return files - max(self.limit - anonymous, self.files_least)
 
     @contextmanager
-    def coming(self, count: int) -> Iterator[None]:
+    def coming(self, object_: MemoryObject, count: int) -> Iterator[None]:
         """From the moment that there is room for `count` pages until they are here, or can't be had: it is theirs."""
-        self._coming += count
+        counted = self._of(object_)
+        counted.coming += count
         try:
             yield
         finally:
-            self._coming -= count
+            counted.coming -= count
 
     def drop(self, object_: MemoryObject, first: int, count: int) -> None:
         """Drop clean pages that nobody has locked. Raises `NotIsolatedError` if they are still there."""
         object_.store.drop(first, count)
         object_.pages.left(first, count)
-        self.left(count)
+        self.left(object_, count)
         self._statistics.pages_dropped += count
 
     def oldest_run(self, wanted: int) -> tuple[MemoryObject, int, int] | None:

@@ -30,8 +30,8 @@ class UnreadableError(Exception):
 
 async def read_in(books: Books, object_: MemoryObject, first: int, count: int) -> None:
     """Make absent, locked pages present with what belongs there. Raises `UnreadableError`."""
-    await make_room(books, count)
-    with books.reclaim.coming(count):
+    await make_room(books, object_, count)
+    with books.reclaim.coming(object_, count):
         if object_.backing is None:
             content: Content = books.zeros(count)
         else:
@@ -40,13 +40,15 @@ async def read_in(books: Books, object_: MemoryObject, first: int, count: int) -
         await _publish(books, object_, first, count, content)
 
 
-async def make_room(books: Books, count: int) -> None:
-    """Make room for `count` pages, writing dirty pages back if need be. Gives up, over the limit, where nothing helps."""
+async def make_room(books: Books, coming: MemoryObject, count: int) -> None:
+    """Make room for `count` pages of an object, writing dirty pages back if need be.
+
+    Gives up, over the limit, where nothing helps.
+    """
     reclaim = books.reclaim
     written_back = False
-    while not room(books, count):
-        assert reclaim.limit is not None
-        victim = reclaim.oldest_run(reclaim.over(count))
+    while not room(books, coming, count):
+        victim = reclaim.oldest_run(reclaim.over(coming, count))
         if victim is not None:
             object_, first, length = victim
             # Nobody holds the lock (else it were no victim), so this does not wait.
@@ -57,14 +59,14 @@ async def make_room(books: Books, count: int) -> None:
             written_back = True
             for object_ in books.objects():
                 if object_.tracks_dirt:
-                    await write_back_some(books, object_, count + reclaim.limit // 8)
+                    await write_back_some(books, object_, count + reclaim.for_files // 8)
         else:
             return
 
 
-def room(books: Books, count: int) -> bool:
-    """Make room for `count` pages without waiting, if that is possible; whether there is room."""
-    while (over := books.reclaim.over(count)) > 0:
+def room(books: Books, coming: MemoryObject, count: int) -> bool:
+    """Make room for `count` pages of an object without waiting, if that is possible; whether there is room."""
+    while (over := books.reclaim.over(coming, count)) > 0:
         victim = books.reclaim.oldest_run(over)
         if victim is None or victim[0].tracks_dirt:
             return False
@@ -171,7 +173,7 @@ def lose_block(books: Books, object_: MemoryObject, page: int, loss: Loss) -> tu
     victims: set[int] = set()
     for start, length in present:
         object_.pages.left(start, length)
-        books.reclaim.left(length)
+        books.reclaim.left(object_, length)
         for one in range(start, start + length):
             # What the file does not have is lost as that, whatever the page was that brought all this about.
             one_loss = replace(loss, state=State.DIRTY_FILE) if one in changed else loss
@@ -252,7 +254,7 @@ async def write(books: Books, object_: MemoryObject, offset: int, data: Content)
                 object_.store.write(start, part)
             else:
                 assert whole
-                await make_room(books, 1)
+                await make_room(books, object_, 1)
                 dirty = DIRTY if object_.tracks_dirt else 0
                 await _publish(books, object_, page, 1, _whole_pages(part, object_.page_size), dirty)
 
@@ -284,7 +286,7 @@ async def _revive_locked(books: Books, object_: MemoryObject, page: int, content
     await object_.written_back(page)
     if content is None:
         content = await _fresh(books, object_, page, nbytes)
-    await make_room(books, 1)
+    await make_room(books, object_, 1)
     await object_.watch(page, 1)
     object_.store.publish(page, content)
     loss = object_.losses.pop(page)

@@ -265,7 +265,10 @@ class Session:
             case protocol.Open():
                 return await self._open(request, fds)
             case protocol.Attach():
-                return manager.find(request.name)
+                object_ = manager.find(request.name)
+                if request.object not in (None, object_.number):
+                    raise FileNotFoundError(f"memory {request.name!r} is no more; another object has its name")
+                return object_
 
     async def _open(self, request: protocol.Open, fds: list[int]) -> MemoryObject:
         if not fds:

@@ -402,7 +402,7 @@ class Expectation:
             self.fail("No lock is lost.")
         if object_.backing is not None and (object_.backing.writing or object_.backing.turn.locked()):
             self.fail("No turn at the file is lost.")
-        if world.manager.reclaim._coming:
+        if world.manager.reclaim._files.coming or world.manager.reclaim._anonymous.coming:
             self.fail("No promised room is lost.")
         owners = sorted(agent.client.number for agent in world.agents if agent.owns)
         if sorted(one.client.number for one in object_.mappings) != owners:

@@ -116,7 +116,7 @@ async def _evict(world: World, page: int) -> None:
     reclaim.limit = max(0, reclaim.present - 1)
     machine.freed = enough
     try:
-        await recovery.make_room(world.manager, 0)
+        await recovery.make_room(world.manager, world.object, 0)
     finally:
         enough()
 

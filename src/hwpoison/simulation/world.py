@@ -49,6 +49,7 @@ class World:
         self.footprint = choices.footprint
         self.loop = SimulationLoop(choices, self.outside, mode)  # type: ignore[abstract]
         self.manager = MemoryManager(self.machine, self, instance="sim", memory_limit=NO_LIMIT * PAGE_SIZE)
+        self.manager.reclaim.files_least = 0
         self.events: list[LogEvent] = []
         self.defects: list[str] = []
         self.failures: list[Failure] = []
