@@ -117,7 +117,7 @@ class MemoryManager(Books):
         """One reference less; the last one writes the object back and ends it."""
         object_.references -= 1
         if not object_.references:
-            object_.ending = self.start(self._end(object_), f"end of object {object_.number}")
+            object_.ending = self.start(self._end(object_, object_.ending), f"end of object {object_.number}")
 
     async def settled(self, name: str) -> None:
         """Until an object that nobody refers to any more is at its end; then `name` is free."""
@@ -125,15 +125,20 @@ class MemoryManager(Books):
         if object_ is not None and object_.ending is not None:
             await asyncio.wait((object_.ending,))
 
-    async def _end(self, object_: MemoryObject) -> None:
+    async def _end(self, object_: MemoryObject, before: asyncio.Task[None] | None) -> None:
+        if before is not None:
+            # Somebody came while it was under way, and has gone again. It must not close the file under this one.
+            await asyncio.wait((before,))
+        if object_.references or object_.closed:
+            return
         await write_back_all(self, object_)
         async with object_.locks.hold(0, object_.pages.count):
             # What reclaim writes back needs no lock any more, but it needs the file.
             for page in [page for run in object_.pages.runs(WRITEBACK) for page in range(run[0], run[0] + run[1])]:
                 await object_.written_back(page)
-            if object_.references or object_.closed or object_.lost_changes:
-                # What was lost of a file's changes must not be read as what the file held before: who opens it again
-                # finds the loss.
+            if object_.references or object_.ending is not asyncio.current_task() or object_.lost_changes:
+                # What somebody who has come and gone meanwhile has changed is for the next end to write. And what was lost of
+                # a file's changes must not be read as what the file held before: who opens it again finds the loss.
                 return
             dirty = sum(object_.nbytes_of(*run) for run in object_.pages.runs(DIRTY))
             if dirty:
