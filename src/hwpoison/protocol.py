@@ -222,10 +222,13 @@ class Mapped(Message):
 
 
 class Flushed(Message):
-    """`errors` counts those of the object so far. `failed`, if there are some that the client has not been told of."""
+    """`errors` counts those of the object so far. `failed`, if there are some that the client has not been told of, or if
+    this very flush could not write everything (`unwritten`): then nothing is lost, and the next one tries again.
+    """
 
     errors: int
     failed: Failed | None = None
+    unwritten: bool = False
 
 
 class Losses(Message):

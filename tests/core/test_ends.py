@@ -13,7 +13,7 @@ from tests.core.conftest import Core, Run
 
 @pytest.mark.parametrize("turns", range(40))
 def test_who_comes_and_goes_while_an_object_ends_loses_no_change_and_ends_it_once(run: Run, turns: int) -> None:
-    """`turns`: of the event loop, after which somebody comes, and after which that one goes; the files say how many it takes."""
+    """`turns`: of the event loop, after which somebody comes."""
 
     async def story(core: Core) -> None:
         path = core.new_file(4)

@@ -414,6 +414,25 @@ def test_a_write_that_fails_is_told_and_the_content_is_kept_for_the_next_flush(
     assert memory.lost() == []
 
 
+def test_a_write_that_failed_and_was_done_again_is_told_to_nobody_else(
+    slow_file: MakeSlowFile, manager: hwpoison.Manager
+) -> None:
+    slow = slow_file(known(2 * PAGE))
+    memory = manager.open(slow.path, "r+", name="slow")
+    other = manager.attach("slow")
+    memory.buffer[:] = known(2 * PAGE, 2)
+    slow.fail(write=errno.ENOSPC)
+    for each in (memory, other, memory):
+        with pytest.raises(OSError, match="still in memory") as caught:
+            each.flush()
+        assert caught.value.errno == errno.ENOSPC
+    slow.fail()
+    for each in (other, memory):
+        each.flush()
+    assert slow.content == known(2 * PAGE, 2)
+    assert memory.lost() == []
+
+
 def test_a_flush_to_a_file_that_shrank_writes_nothing_and_keeps_the_changes_until_it_is_as_long_again(
     manager: hwpoison.Manager, file: MakeFile
 ) -> None:

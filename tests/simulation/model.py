@@ -25,14 +25,14 @@ def pages_of(offset: int, nbytes: int) -> range:
 
 
 class Handle:
-    """A mapping, of a process that has one thread. `owed`: whether its next flush must fail; None: it may."""
+    """A mapping, of a process that has one thread. `owed`: whether its next flush must fail whatever becomes of it."""
 
     def __init__(self, process: Process, area: Area, mapping: Mapping, memory: Memory) -> None:
         self.process = process
         self.area = area
         self.mapping = mapping
         self.memory = memory
-        self.owed: bool | None = False
+        self.owed = False
         self.told: Counter[int] = Counter()
         """How often it was sent a signal for a page that is lost."""
 
@@ -155,10 +155,10 @@ class Memory:
         """True if the file is too short for one of the pages."""
         return self.disk is not None and any(len(self.in_file(page)) < self.nbytes_of(page) for page in pages)
 
-    def failed(self, surely: bool = True) -> None:
-        """Changes are lost, or could not be written: every handle's next flush says so."""
+    def failed(self) -> None:
+        """Changes are lost, or may be: every handle's next flush says so."""
         for handle in self.handles:
-            handle.owed = True if surely else handle.owed or None
+            handle.owed = True
 
     def change_file(self, change: Callable[[], None]) -> None:
         """Somebody else does it."""

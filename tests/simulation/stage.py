@@ -127,7 +127,7 @@ class Stage(RuleBasedStateMachine):
             what, name = option.waiting.what.split()[:2]
             self.wrong.add((what, name))
             for memory in self.memories:
-                if what != "read" and memory.disk is not None and memory.disk.name == name:
+                if what == "sync" and memory.disk is not None and memory.disk.name == name:
                     memory.failed()
 
     # --- clients
@@ -255,9 +255,6 @@ class Stage(RuleBasedStateMachine):
         self.look_at_files()
         for memory in opened:
             self.check_page_tables(memory)
-            if memory.cut_off(memory.stored | memory.touched):
-                # Whoever wants room may have tried to write them.
-                memory.failed(surely=False)
         present = sum(memory.present(page) for memory in opened for page in range(memory.count))
         assert self.manager.reclaim.present == present
         statistics = self.manager.statistics
@@ -325,11 +322,6 @@ class Stage(RuleBasedStateMachine):
     @contextmanager
     def writing_back(self, memories: Sequence[Memory]) -> Iterator[None]:
         """All that is dirty of these is to be in their files afterwards, or it is said that it is not."""
-        for memory in memories:
-            if memory.cut_off(memory.unsaved()):
-                memory.failed()
-            elif memory.cut_off(memory.stored | memory.touched):
-                memory.failed(surely=False)
         yield
         self.look_at_files()
         for memory in memories:

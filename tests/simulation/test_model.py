@@ -211,13 +211,16 @@ class AnyMemory(Stage):
     def a_client_flushes(self, data: Any) -> None:
         with self.step(data):
             handle = self.handle(data)
-            with self.writing_back([handle.memory]):
+            memory = handle.memory
+            surely, perhaps = memory.cut_off(memory.unsaved()), memory.cut_off(memory.stored | memory.touched)
+            with self.writing_back([memory]):
                 raised = False
                 try:
                     self.run(self.manager.flush(handle.mapping))
                 except OSError:
                     raised = True
-            assert handle.owed in (None, raised)
+            surely |= handle.owed or self.went_wrong("write", memory)
+            assert surely <= raised <= (surely or perhaps)
             handle.owed = False
 
     # --- what befalls the memory

@@ -254,7 +254,8 @@ class Memory:
     def flush(self) -> None:
         """Write changes to the file and wait until they are on the disk. Nothing to do for anonymous memory.
 
-        Raises OSError exactly once for changes that were lost or could not be written: EIO, or the file system's reason.
+        Raises OSError: EIO exactly once for changes that were lost; the file system's reason as often as it does not take
+        them. Those are still in memory, and the next `flush` tries again.
         """
         self._check_open()
         self._tell(self._ask(protocol.Flush(self._number, self._errors), protocol.Flushed))
@@ -264,7 +265,7 @@ class Memory:
         if reply.failed is None:
             return
         with self._lock:
-            if reply.errors <= self._errors:
+            if reply.errors <= self._errors and not reply.unwritten:
                 return  # Another thread's flush has told it.
             try:
                 raise protocol.error_of(reply.failed)

@@ -137,8 +137,8 @@ class MemoryManager(Books):
             for page in [page for run in object_.pages.runs(WRITEBACK) for page in range(run[0], run[0] + run[1])]:
                 await object_.written_back(page)
             if object_.references or object_.ending is not asyncio.current_task() or object_.lost_changes:
-                # What somebody who has come and gone meanwhile has changed is for the next end to write. And what was lost of
-                # a file's changes must not be read as what the file held before: who opens it again finds the loss.
+                # What somebody who has come and gone meanwhile has changed is for the next end to write. And what was lost
+                # of a file's changes must not be read as what the file held before: who opens it again finds the loss.
                 return
             dirty = sum(object_.nbytes_of(*run) for run in object_.pages.runs(DIRTY))
             if dirty:

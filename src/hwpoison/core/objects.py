@@ -111,7 +111,7 @@ class MemoryObject:
         self.mappings = ReverseMap()
         self.losses: dict[int, Loss] = {}
         self.error_sequence = 0
-        """Counts losses of data that was on its way to the file; each handle reports each once (`flush`)."""
+        """Counts losses of data that the file should have; each handle reports each once (`flush`)."""
         self.references = 0
         """Mappings, and clients that are about to map."""
         self.closed = False

@@ -21,12 +21,12 @@ STRUCK = DIRTY | POISONED
 async def flush(books: Books, mapping: Mapping) -> None:
     """All that was dirty is in the file and on the disk when this returns.
 
-    Raises OSError, once for this mapping: EIO if dirty content was lost since it was opened or last told, or what the
-    file system says.
+    Raises OSError: what the file system says, if it did not take everything now. Or EIO, once for this mapping, if dirty
+    content was lost since it was opened or last told, or if the file system has said that it may have been.
     """
     object_ = mapping.object
     error = await write_back_all(books, object_)
-    if mapping.error_seen != object_.error_sequence:
+    if error is not None or mapping.error_seen != object_.error_sequence:
         mapping.error_seen = object_.error_sequence
         code = error.errno if error is not None and error.errno else errno.EIO
         what = f"changes to {object_.name!r} were lost or could not be written; see lost()"
@@ -62,6 +62,8 @@ async def write_back_all(books: Books, object_: MemoryObject) -> OSError | None:
         failed = failed or error
         for first, count in written:
             _dirty_again(object_, first, count)
+        # But what was written earlier and is not in memory any more may be lost, of every handle.
+        object_.error_sequence += 1
     if failed is not None:
         _note(books, object_, failed)
     return failed
@@ -101,7 +103,7 @@ def _pieces(object_: MemoryObject, flag: int) -> list[tuple[int, int]]:
 
 
 def _note(books: Books, object_: MemoryObject, error: OSError) -> None:
-    object_.error_sequence += 1
+    """What could not be written stays dirty: nothing is lost, and only who asked for it is told."""
     books.record("error", object_, detail=f"write-back failed: {error.strerror}")
 
 

@@ -205,9 +205,10 @@ class Session:
         try:
             await self.server.manager.flush(mapping)
         except OSError as error:
+            failed = protocol.failed(error)
             if mapping.error_seen == request.errors:
-                raise
-            self._flush_failed[request.mapping] = protocol.failed(error)
+                return protocol.Flushed(mapping.error_seen, failed, unwritten=True)
+            self._flush_failed[request.mapping] = failed
         # Of two flushes at a time, the first one's reply may be the one that nobody has got.
         new = mapping.error_seen != request.errors
         return protocol.Flushed(mapping.error_seen, self._flush_failed.get(request.mapping) if new else None)

@@ -109,7 +109,7 @@ MUTANTS = (
         "            await _io_settled(handling)\n", "",
     ),
     Mutant(
-        "a page on its way is clean", "Linux, memory-failure.c: writeback is waited for before dirty is looked at",
+        "a page on its way is clean", "Linux e8675d291ac0 (a page that was still written back was taken for a clean one)",
         "a write that fails afterwards is forgotten", FAILURE,
         "    if flags & (DIRTY | WRITEBACK):\n", "    if flags & DIRTY:\n",
     ),
@@ -130,7 +130,7 @@ MUTANTS = (
         "    finally:\n        mapping.wake(page)\n", "    finally:\n        pass\n",
     ),
     Mutant(
-        "no recheck of the page in a fault", "Linux, do_swap_page: the entry is compared again under the lock",
+        "no recheck of the page in a fault", "linux-facts 6: a COPY onto a page that is present fails, and wakes nobody",
         "a page that has come meanwhile is brought in again", FAULTS,
         "        elif flags & PRESENT:\n            return\n        else:\n", "        else:\n",
     ),
@@ -142,17 +142,17 @@ MUTANTS = (
         "        if object_.closed:\n            await answer_lost(books, mapping, page, thread)\n        elif",
     ),
     Mutant(
-        "a first write is not noted", "Linux: the dirty bit lost between unmap and check",
+        "a first write is not noted", "linux-facts 14: the fault of a first store is all that says that a page is dirty",
         "changes are read again from the file when a failure strikes", FAULTS,
         "    for page in range(first, first + count):\n        mapping.object.pages.set(DIRTY, page)\n", "",
     ),
     Mutant(
-        "at once without looking at the locks", "Linux: PG_locked must be held to bring content in",
+        "at once without looking at the locks", "Linux 25182f05ffed (a page was handled while it was being built)",
         "content is put beside somebody who works on the page", FAULTS,
         "    if not object_.locks.free(page):\n        return False\n", "",
     ),
     Mutant(
-        "stale content after a change", "Linux: a clean page is dropped and read from a file that is another by now",
+        "stale content after a change", "linux-facts 28: only size and times of a file tell of a change",
         "a healed page mixes versions of the file", RECOVERY,
         "    return content if len(content) == nbytes and await unchanged() else None\n",
         "    return content if len(content) == nbytes else None\n",
@@ -164,14 +164,14 @@ MUTANTS = (
         "            if not whole and not flags[page] & PRESENT:\n",
     ),
     Mutant(
-        "zeros before the right content", "the issue: a repair is one step",
+        "zeros before the right content", "linux-facts 5: a COPY brings page and content in together",
         "others see zeros while a page is repaired", RECOVERY,
         "    object_.store.publish(page, content)\n    loss = object_.losses.pop(page)\n",
         "    object_.store.publish(page, bytes(len(content)))\n    object_.store.write(page * object_.page_size, content)\n"
         "    loss = object_.losses.pop(page)\n",
     ),
     Mutant(
-        "a repaired page is clean", "Linux: an error that was cleared with the page",
+        "a repaired page is clean", "linux-facts 14: what the manager puts in is seen by no write protection",
         "what was repaired never gets to the file", RECOVERY,
         "    dirty = DIRTY if object_.tracks_dirt and content is not None else 0\n", "    dirty = 0\n",
     ),
@@ -187,7 +187,7 @@ MUTANTS = (
         "                drop(books, object_, first, length)\n",
     ),
     Mutant(
-        "the owners are not told", "Linux: late-kill tasks were not told when unmap failed",
+        "the owners are not told", "linux-facts 25: who does not have the page mapped is told by nobody",
         "a loss goes unreported", RECOVERY,
         "    return tell_owners(books, object_, page, loss)\n", "    return ()\n",
     ),
@@ -205,26 +205,26 @@ MUTANTS = (
         "        await object_.watch(first, count)\n",
     ),
     Mutant(
-        "clean before the write has ended", "Linux: dirty is cleared before I/O, and the page is in write-back",
+        "clean before the write has ended", "Linux e8675d291ac0 (the wait for write-back was skipped)",
         "a failure during the write reads the old content again", WRITEBACK,
         "                object_.pages.set(WRITEBACK, page)\n", "                pass\n",
     ),
     Mutant(
-        "an error leaves the page clean", "Linux: mapping_set_error, fsyncgate",
+        "an error leaves the page clean", "Linux 5660e13d2fd6 (a failed write left the page clean, and its error was lost)",
         "what could not be written is dropped later", WRITEBACK,
         "            if error is not None:\n"
         "                failed = failed or error\n                _dirty_again(object_, start, length)\n",
         "            if error is not None:\n                failed = failed or error\n",
     ),
     Mutant(
-        "one write overtakes another", "Linux: two writers of one page wait for PG_writeback",
+        "one write overtakes another", "linux-facts 30: two writes that are under way end in any order",
         "the older content is in the file in the end", WRITEBACK,
         "            # Two flushes of one object: the second waits for the first one's write, or it would overtake it.\n"
         "            await object_.written_back(page)\n",
         "            pass\n",
     ),
     Mutant(
-        "the lock is kept on a cancelled wait", "asyncio: a grant and a cancellation in the same turn",
+        "the lock is kept on a cancelled wait", "CPython bpo-27585 (given the lock, and cancelled in the same turn)",
         "a lock is lost", LOCKS,
         "            if range_ in self._held:\n                self.release(range_)\n            else:\n",
         "            if range_ not in self._held:\n",
@@ -238,38 +238,38 @@ MUTANTS = (
         "a large frame is believed isolated", "linux-facts 11: a punch that returned 0 may have isolated nothing",
         "a page stays in its bad frame", FAILURE,
         "    if frame is None:\n        return _lose_block(handling)\n"
-        "    isolated = _quarantine(handling, frame)\n    await object_.watch",
+        "    isolated = _quarantine(handling, object_, frame)\n    await object_.watch",
         "    if frame is None:\n        return Outcome.RECOVERED\n"
-        "    isolated = _quarantine(handling, frame)\n    await object_.watch",
+        "    isolated = _quarantine(handling, object_, frame)\n    await object_.watch",
     ),
     Mutant(
-        "one page of a large frame is named", "Linux: the wrong page of a huge page was reported",
+        "one page of a large frame is named", "Linux 62228840660 (of a huge page the wrong one was reported)",
         "its neighbours are gone, and nobody is told", RECOVERY,
         "    present = list(object_.pages.runs(PRESENT, first, count))\n", "    present = [(page, 1)]\n",
     ),
     Mutant(
-        "what was not synced is clean", "fsyncgate, 2018: after a failed fsync(2) the next one succeeds without the data",
+        "what was not synced is clean", "linux-facts 29: after a failed fsync the next one succeeds without the data",
         "what is not on the disk is dropped, and the next flush says that it is there", WRITEBACK,
         "        for first, count in written:\n            _dirty_again(object_, first, count)\n", "",
     ),
     Mutant(
-        "the sync is left out", "fsync(2): a write is on the disk when the sync has returned",
+        "the sync is left out", "linux-facts 29: what was written is on the disk when fsync has returned, and not before",
         "flush succeeds, and a loss of power takes what was flushed", WRITEBACK,
         "        await backing.file.sync()\n", "        pass\n",
     ),
     Mutant(
-        "only the first owner is told", "Linux, collect_procs: all who have the page mapped are told",
+        "only the first owner is told", "linux-facts 25: all who have the page mapped and asked for it are told",
         "a loss goes unreported to the others", POLICY,
         "for mapping in object_.mappings.covering(page)}", "for mapping in object_.mappings.covering(page)[:1]}",
     ),
     Mutant(
-        "a flush keeps its reference", "Linux: a reference was not dropped on each way out of the handler",
+        "a flush keeps its reference", "Linux ead07f6a867b (references were not dropped on each way out)",
         "an object stays for ever", MANAGER,
         "            await writeback.flush(self, mapping)\n        finally:\n            self.release(mapping.object)\n",
         "            await writeback.flush(self, mapping)\n        finally:\n            pass\n",
     ),
     Mutant(
-        "flush says it never", "Linux: an error is told to whoever syncs, once (errseq_t)",
+        "flush says it never", "Linux b4678df184b3 (an error from before was told to nobody)",
         "a flush succeeds although changes are lost", FAILURE,
         "        object_.error_sequence += 1\n    if frame is None:\n", "        pass\n    if frame is None:\n",
     ),
