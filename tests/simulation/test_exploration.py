@@ -17,7 +17,7 @@ from hwpoison.simulation.choices import DivergedError
 from hwpoison.simulation.explore import explore
 from hwpoison.simulation.hunt import compare_all, hunt
 from hwpoison.simulation.matrix import BUDGETS, STATES
-from hwpoison.simulation.mutants import MUTANTS
+from hwpoison.simulation.mutants import FAULTS, MUTANTS, RECOVERY, Mutant, planted
 from hwpoison.simulation.runs import Replay, SavedRun, load, named
 from hwpoison.simulation.scenario import Scenario
 
@@ -133,6 +133,36 @@ def test_the_same_is_explored_in_the_whole_matrix() -> None:
 def test_every_planted_defect_is_found(name: str) -> None:
     found = hunt(name)
     assert found.caught
+
+
+BUSY = Mutant(
+    "", "", "it is waited for what never comes, busily", RECOVERY,
+    "    await make_room(books, object_, count)\n    with",
+    "    import asyncio\n    while True:\n        await asyncio.sleep(0)\n    with",
+)  # fmt: skip
+WOKEN = Mutant(
+    "", "", "who meets an absent page is woken, and meets it again", FAULTS,
+    "        else:\n            # While this waited", "        elif window > 999:\n            # While this waited",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("mutant", "steps_max"), [(BUSY, 150), (WOKEN, 50)], ids=["without a choice", "at a choice"])
+def test_a_state_that_comes_again_is_reported_at_once(mutant: Mutant, steps_max: int, tmp_path: Path) -> None:
+    with planted(mutant):
+        from hwpoison.simulation import explore as planted_explore
+        from hwpoison.simulation import runs as planted_runs
+
+        scenario = cell("read-only", "absent", "close")
+        found = planted_explore.explore(scenario)
+        assert found.violation is not None
+        assert found.violation.sentence == planted_explore.LIVELOCK
+        assert found.steps / found.schedules < steps_max
+        saved = planted_runs.named(scenario, "quiet", tuple(found.violation.choices))
+        assert saved.violation == planted_explore.LIVELOCK
+        saved.save(tmp_path / "run.json")
+        again = planted_runs.Replay(planted_runs.load(tmp_path / "run.json"))
+        assert list(again.story())
+        assert again.violation == planted_explore.LIVELOCK
 
 
 def test_a_run_is_told_again_as_it_was(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from hwpoison.simulation.world import World
 
 STEPS_MAX = 2000
 """A schedule that takes more does not settle."""
+ALONE_MAX = 100
+"""So many steps without a choice, and it is looked whether a state comes again. Looking takes longer than the step."""
 LIVELOCK = "Everything settles: the same state has come again."
 
 
@@ -55,13 +57,33 @@ class Run:
     pruned: bool = False
 
 
-def run(scenario: Scenario, choices: Choices, mode: Mode = "quiet", *, world: World | None = None) -> Run:
-    """Let the choices be made until nothing can happen any more, or something is wrong."""
+class Repeats:
+    """The states that a run has been in. One that comes again will come for ever: that is a livelock."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._states: dict[int, int] = {}
+
+    def come_again(self) -> bool:
+        """True if the run was in this state after another step. To be asked after each step."""
+        steps = self._world.loop.steps
+        return self._states.setdefault(Fingerprint(self._world).value(), steps) != steps
+
+
+def run(
+    scenario: Scenario, choices: Choices, mode: Mode = "quiet", *, world: World | None = None, alone_max: int = ALONE_MAX
+) -> Run:
+    """Let the choices be made until nothing can happen any more, or something is wrong.
+
+    Whether a state comes again is for who makes the choices to see. Where `alone_max` steps have gone by without one, it is
+    looked for here.
+    """
     world = world or World(scenario, choices, mode)
     loop, expectation = world.loop, world.expectation
     # This runs some million times: what can be looked up once is.
     step, losses, taken, known = world.step, world.object.losses, choices.taken, choices.known
     violation, pruned = None, False
+    repeats, chosen, last = Repeats(world), -1, 0
     loop.enter()
     try:
         while step():
@@ -71,6 +93,11 @@ def run(scenario: Scenario, choices: Choices, mode: Mode = "quiet", *, world: Wo
                 violation = expectation.check()
                 if violation is not None:
                     break
+            if len(taken) != chosen and alone_max:
+                chosen, last = len(taken), loop.steps
+            elif loop.steps - last >= alone_max and repeats.come_again():
+                violation = LIVELOCK
+                break
             if loop.steps > STEPS_MAX:
                 violation = f"Everything settles: not after {STEPS_MAX} steps."
                 break

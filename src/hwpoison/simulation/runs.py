@@ -12,7 +12,7 @@ import msgspec
 
 from hwpoison.core.pages import DIRTY, LOST, POISONED, PRESENT, WRITEBACK
 from hwpoison.simulation.choices import Choices, DivergedError
-from hwpoison.simulation.explore import STEPS_MAX, abandon, run
+from hwpoison.simulation.explore import LIVELOCK, STEPS_MAX, Repeats, abandon, run
 from hwpoison.simulation.loop import Mode
 from hwpoison.simulation.matrix import STATES
 from hwpoison.simulation.operations import OPERATIONS
@@ -67,7 +67,7 @@ def load(path: Path) -> SavedRun:
 def named(scenario: Scenario, mode: Mode, choices: tuple[int, ...]) -> SavedRun:
     """The run with the names of its choices, and what it ends with."""
     made = Choices(choices, names=())
-    found = run(scenario, made, mode)
+    found = run(scenario, made, mode, alone_max=0)
     return SavedRun(scenario, mode, tuple(made.taken), tuple(made.told), found.violation or "", tuple(made.widths))
 
 
@@ -102,13 +102,15 @@ class Replay:
 
 def run_steps(world: World) -> Iterator[int]:
     """The steps of a run, one after the other."""
-    loop = world.loop
+    loop, repeats = world.loop, Repeats(world)
     loop.enter()
     try:
         while world.expectation.violation is None and world.step():
             world.expectation.look_at_losses()
             world.expectation.check()
             yield loop.steps
+            if repeats.come_again():
+                world.expectation.fail(LIVELOCK)
             if loop.steps > STEPS_MAX:
                 world.expectation.fail(f"Everything settles: not after {STEPS_MAX} steps.")
     finally:
