@@ -46,7 +46,17 @@ def test_few_schedules_are_not_all_and_that_is_said() -> None:
     assert "cells" in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [(), ("--exhaustive", "--mutants"), ("--replay", "/nonexistent")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("--exhaustive", "--mutants"),
+        ("--replay", "/nonexistent"),
+        ("--seed", "0", "--matrix", "deaths"),
+        ("--mutants", "--mode", "batch"),
+        ("--exhaustive", "--runs", "7"),
+    ],
+)
 def test_a_usage_that_makes_no_sense_is_one_line(arguments: tuple[str, ...]) -> None:
     done = explore(*arguments)
     assert done.returncode == 2

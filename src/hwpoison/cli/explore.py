@@ -61,11 +61,30 @@ def explore(
     """
     if exhaustive + mutants + (seed is not None) + (replay is not None) != 1:
         raise click.UsageError("say one of --exhaustive, --seed S, --mutants, --replay FILE")
+    _refuse_others("seed" if seed is not None else "replay" if replay else "mutants" if mutants else "exhaustive")
     if replay is not None:
         return _replay(replay)
     if seed is not None:
         return _seeded(seed, runs, mode, save or (FOUND_FOLDER if FOUND_FOLDER.is_dir() else None), as_json)
     return _mutants(limit, as_json) if mutants else _exhaustive(mode, matrix, misfortunes, limit, save, as_json)
+
+
+_GOES_WITH = {
+    "exhaustive": ("mode", "matrix", "misfortunes", "limit", "save", "as_json"),
+    "seed": ("runs", "mode", "save", "as_json"),
+    "mutants": ("limit", "as_json"),
+    "replay": (),
+}
+"""What each way to explore looks at."""
+
+
+def _refuse_others(way: str) -> None:
+    context = click.get_current_context()
+    for option in context.command.params:
+        name = option.name or ""
+        given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        if given and name not in (way, *_GOES_WITH[way]):
+            raise click.UsageError(f"{option.opts[0]} says nothing with --{way}")
 
 
 def _replay(path: Path) -> int:

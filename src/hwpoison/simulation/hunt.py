@@ -9,11 +9,17 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 from hwpoison.simulation.mutants import MUTANTS, mutant, planted
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +38,19 @@ class Hunt:
 
 def hunt_all(schedules_max: int | None = None) -> Iterator[Hunt]:
     """In the order of the catalogue."""
-    # A new process each: a mutant is planted while modules are imported.
+    yield from _with_each(hunt, schedules_max)
+
+
+def _with_each(story: Callable[[str, Argument], Result], argument: Argument) -> Iterator[Result]:
+    """`story` of every mutant, in the order of the catalogue, each in a new process: it is planted while modules are
+    imported. Ctrl-C is for the process that waits."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=context, max_tasks_per_child=1) as pool:
-        yield from pool.map(hunt, [one.name for one in MUTANTS], [schedules_max] * len(MUTANTS))
+    deaf = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    pool = ProcessPoolExecutor(os.cpu_count(), mp_context=context, max_tasks_per_child=1, initializer=deaf)
+    try:
+        yield from pool.map(story, [one.name for one in MUTANTS], [argument] * len(MUTANTS))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def hunt(name: str, schedules_max: int | None = None) -> Hunt:
@@ -111,10 +126,8 @@ class Comparison:
 
 def compare_all(schedules_max: int) -> Iterator[Comparison]:
     """Every mutant, with every cell of `COMPARED`, on one page and on the first of two."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=context, max_tasks_per_child=1) as pool:
-        for found in pool.map(compare, [one.name for one in MUTANTS], [schedules_max] * len(MUTANTS)):
-            yield from found
+    for found in _with_each(compare, schedules_max):
+        yield from found
 
 
 def compare(name: str, schedules_max: int) -> list[Comparison]:
