@@ -26,6 +26,8 @@ def fault(books: Books, client: Client, address: int, thread: int, *, write: boo
     """A thread of `client` sleeps in a fault at `address` (page aligned). Called by the machine; never waits."""
     books.statistics.faults += 1
     mapping = client.find(address)
+    if mapping is not None and not books.machine.poison_markers:
+        mapping.sleeps(thread, mapping.page(address))
     if mapping is None:
         # The client has told us of no mapping here. It must not be woken into the same fault for ever.
         signal_or_kill(books, client, address, thread)
@@ -174,6 +176,8 @@ async def _dirty(mapping: Mapping, first: int, count: int) -> None:
     """Present pages, locked, are about to be written to through `mapping`: first note it, then let it happen."""
     for page in range(first, first + count):
         mapping.object.pages.set(DIRTY, page)
+    # Taking the protection away wakes who sleeps at it.
+    mapping.woken(first, count)
     await mapping.client.space.unprotect(mapping.address_of(first), count * mapping.object.page_size)
 
 

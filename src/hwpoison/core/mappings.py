@@ -28,8 +28,8 @@ class Mapping:
     """
 
     __slots__ = (
-        "_answers", "address", "client", "count", "error_seen", "first", "hits", "markers", "met", "met_before", "number",
-        "object", "reads", "writes",
+        "_answers", "_asleep", "address", "client", "count", "error_seen", "first", "hits", "markers", "met", "met_before",
+        "number", "object", "reads", "writes",
     )  # fmt: skip
 
     def __init__(
@@ -56,6 +56,7 @@ class Mapping:
         self.writes: dict[int, int] = {}
         self.error_seen = object_.error_sequence
         self._answers: dict[asyncio.Future[None], None] = {}
+        self._asleep: dict[int, int] = {}
 
     @property
     def end_address(self) -> int:
@@ -90,7 +91,22 @@ class Mapping:
 
     def wake(self, page: int, count: int = 1) -> None:
         """Let those that sleep on the pages try again."""
+        self.woken(page, count)
         self.client.space.wake(self.address_of(page), count * self.object.page_size)
+
+    def sleeps(self, thread: int, page: int) -> None:
+        """A fault of the thread was read. Noted only where a thread may have to be sent a signal for it."""
+        self._asleep[thread] = page
+
+    def woken(self, page: int, count: int) -> None:
+        """Whoever slept on the pages goes on."""
+        for thread in [thread for thread, one in self._asleep.items() if page <= one < page + count]:
+            del self._asleep[thread]
+
+    def still_sleeps(self, thread: int, page: int) -> bool:
+        """False if the thread has been woken since its fault was read: it may be anywhere by now, and if it still wants the
+        page, there is another fault."""
+        return self._asleep.get(thread) == page
 
 
 class Client:

@@ -60,7 +60,7 @@ async def answer_lost(books: Books, mapping: Mapping, page: int, thread: int) ->
                 return
         if books.machine.poison_markers:
             await _mark(mapping, page, address)
-        else:
+        elif mapping.still_sleeps(thread, page):
             signal_or_kill(books, mapping.client, address, thread, (object_, page), event_id)
 
 

@@ -78,8 +78,9 @@ class Agent:
             events.append(self.goes_on)
 
     def can_touch(self, first: int, count: int) -> bool:
-        """True if its next step is an access to one of the pages, and it can go on."""
-        if not self.process.alive or self.process.asleep is not None or self.at >= len(self.script):
+        """True if its next step is an access to one of the pages, and it can go on. A signal comes first."""
+        process = self.process
+        if not process.alive or process.asleep is not None or process.signalled or self.at >= len(self.script):
             return False
         step = self.script[self.at]
         return step.kind in ACCESSES and self.area is not None and first <= step.page < first + count
@@ -142,12 +143,14 @@ class Agent:
             self.guard.looked(page, found)
         self.at += 1
 
-    def _refused(self, page: int) -> None:
+    def _refused(self, page: int, *, sent: bool = False) -> None:
+        """`sent`: by the manager. That there was a reason was looked at then."""
         world = self.world
         assert self.area is not None
         by_kernel = self.area.entries.get(page, ("", False))[0] == HWPOISON or world.is_bad(page)
         guarded = self.guard is not None and self.guard.hits.guarded
-        world.expectation.refused(self.name, page, guarded=guarded, by_kernel=by_kernel)
+        if not sent or guarded:
+            world.expectation.refused(self.name, page, guarded=guarded, by_kernel=by_kernel)
         if by_kernel:
             if world.liveness is not None:
                 world.liveness.met_bad(page)
@@ -170,7 +173,7 @@ class Agent:
         self.process.signalled.clear()
         self.process.asleep = None
         self.process.unread.clear()
-        self._refused(self.script[self.at].page)
+        self._refused(self.script[self.at].page, sent=True)
 
     def _read_fault(self) -> None:
         self.world.touched(self.process)

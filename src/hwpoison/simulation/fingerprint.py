@@ -99,7 +99,7 @@ class Fingerprint:
         return (
             mapping.number, tuple(sorted(mapping.markers)), tuple(mapping.met), mapping.met_before,
             tuple(mapping.reads.items()), tuple(mapping.writes.items()), mapping.error_seen,
-            len(mapping._answers), mapping.hits and mapping.hits.guarded,
+            len(mapping._answers), tuple(mapping._asleep.items()), mapping.hits and mapping.hits.guarded,
         )  # fmt: skip
 
     def _outside(self) -> tuple[Any, ...]:

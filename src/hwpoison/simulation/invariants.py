@@ -15,6 +15,7 @@ from hwpoison.core.mappings import Client, Mapping
 from hwpoison.core.pages import DIRTY, LOST, POISONED, PRESENT, WRITEBACK
 from hwpoison.core.records import Failure, Notice, Outcome, State
 from hwpoison.simulation.memory import PAGE, SimulatedStore
+from hwpoison.simulation.processes import Process
 
 if TYPE_CHECKING:
     from hwpoison.simulation.world import World
@@ -158,6 +159,14 @@ class Expectation:
         for page in met:
             if page not in known:
                 self.fail(f"No guard raises for a page that was not lost: {who}, page {page}.")
+
+    def sent(self, process: Process, address: int) -> None:
+        """A process is sent SIGBUS for an access. What becomes of the page before it arrives is no matter."""
+        found = process.area_at(address)
+        if found is not None:
+            self.refused(process.name, found[1], guarded=False, by_kernel=False)
+        if process.asleep is None:
+            self.fail(f"Nobody is sent a signal for an access that is over: {process.name}.")
 
     def refused(self, who: str, page: int, *, guarded: bool, by_kernel: bool) -> None:
         """An access has ended with SIGBUS. The kernel's own mark stays in a page table whatever becomes of the page."""

@@ -88,8 +88,8 @@ class SimulatedMachine:
 
     `before` is called at the start of each short system call with the store and the pages that it is about, `placed` when a
     page has got content; `choose` is asked which of two things happens; `observe` is given all that these calls answer.
-    `freed` is called when a frame goes back. `touched` is called at the start of each call that is about a process, and
-    `affected` with all that the end of something which takes time has to do with.
+    `freed` is called when a frame goes back, `sent` when a process is sent SIGBUS. `touched` is called at the start of each
+    call that is about a process, and `affected` with all that the end of something which takes time has to do with.
     """
 
     def __init__(
@@ -112,6 +112,7 @@ class SimulatedMachine:
         self.stores: list[SimulatedStore] = []
         self.before: Callable[[SimulatedStore, int, int], None] = _nothing_before
         self.choose: Callable[[Sequence[str]], int] = _first
+        self.sent: Callable[[Process, int], None] = _nothing_sent
         self.placed: Callable[[SimulatedStore, int, bytes], None] = _nothing_placed
         self.freed: Callable[[], None] = _nothing
         self.touched: Callable[[Process], None] = _unobserved
@@ -233,6 +234,10 @@ class SimulatedMachine:
 
 
 def _nothing_before(store: SimulatedStore, first: int, count: int) -> None:
+    pass
+
+
+def _nothing_sent(process: Process, address: int) -> None:
     pass
 
 

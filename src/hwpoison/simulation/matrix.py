@@ -1,7 +1,7 @@
 """The cells that are explored: every state of a page with every pair of operations, beside a client that always works.
 
-There are three matrices: `pairs` on one page, `two_pages`, and `deaths`, each operation by itself with the manager's death
-at every choice.
+There are four matrices: `pairs` on one page, `two_pages`, `deaths`, each operation by itself with the manager's death at
+every choice, and `old_kernels`, pairs again where there are no poison markers.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import combinations_with_replacement
 
 from hwpoison.simulation.explore import Cell, explore
@@ -60,6 +61,12 @@ def pairs(*, misfortunes: bool = False, variants: bool = True) -> Iterator[Scena
             yield Scenario(kind, (state,), ((first, 0), (second, 0)), budget=budget)
 
 
+def old_kernels() -> Iterator[Scenario]:
+    """As `pairs`, where the kernel has no poison markers (before 6.6): who touches what is lost is sent a signal."""
+    for one in pairs(variants=False):
+        yield replace(one, markers=False)
+
+
 def again() -> Iterator[Scenario]:
     """One page, in each state, with an operation that is done twice, and one misfortune."""
     for kind, state, operations in _cells(variants=True):
@@ -91,6 +98,7 @@ MATRICES: dict[str, Callable[[], Iterator[Scenario]]] = {
     "pairs": pairs,
     "two-pages": two_pages,
     "deaths": deaths,
+    "old-kernels": old_kernels,
 }
 
 

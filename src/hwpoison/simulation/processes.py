@@ -253,6 +253,7 @@ class SimulatedSpace:
     def signal(self, thread: int, address: int) -> None:
         self._machine.touched(self._process)
         if self._process.alive:
+            self._machine.sent(self._process, address)
             self._process.signalled.append(address)
             self._process.on_change()
 

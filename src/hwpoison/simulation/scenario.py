@@ -25,7 +25,7 @@ class Scenario:
     Each of `operations` is done once; those that are a process's by a process of its own. The worker is a process that is
     always there: it writes to the first page of `worker` and then reads the last (with a read-only object: reads both).
     `clients` are further processes, each with a list of operations that it does one after the other. `budget`: how often
-    what may go wrong. `death`: the manager may die, once.
+    what may go wrong. `death`: the manager may die, once. `markers`: the kernel has poison markers, as from 6.6 on.
 
     With `settles_after` this is a large world: what befalls it comes in the order of `operations`, and after so many steps,
     or when all has come, nothing goes wrong any more and everything must settle (`liveness`).
@@ -39,10 +39,12 @@ class Scenario:
     clients: tuple[tuple[Operation, ...], ...] = ()
     death: bool = False
     settles_after: int | None = None
+    markers: bool = True
 
     def __str__(self) -> str:
         happens = ", ".join(f"{name} {page}" for name, page in self.operations)
         dies = " and the manager dies" if self.death else ""
         clients = "; ".join(", ".join(f"{name} {page}" for name, page in script) for script in self.clients)
         beside = f"; beside clients that {clients}" if clients else ""
-        return f"{self.kind} {' '.join(self.states)}: {happens}{dies}{beside}"
+        kernel = "" if self.markers else " without poison markers"
+        return f"{self.kind} {' '.join(self.states)}{kernel}: {happens}{dies}{beside}"

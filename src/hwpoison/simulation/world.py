@@ -39,7 +39,7 @@ class World:
     def __init__(self, scenario: Scenario, choices: Choices, mode: Mode = "quiet") -> None:
         self.scenario = scenario
         unit = PAGE_SIZE * min(len(scenario.states), UNIT_PAGES)
-        self.machine = SimulatedMachine(PAGE_SIZE, unit, budget=dict(scenario.budget))
+        self.machine = SimulatedMachine(PAGE_SIZE, unit, poison_markers=scenario.markers, budget=dict(scenario.budget))
         self.machine.before = self._before
         self.machine.touched = self._touched_by_call
         self.machine.affected = self.touched
@@ -58,6 +58,7 @@ class World:
         self.store: SimulatedStore = self.machine.stores[0]
         self.expectation = Expectation(self)
         self.machine.placed = self.expectation.placed
+        self.machine.sent = self.expectation.sent
         self.agents: list[Agent] = []
         self.to_come: list[Happening] = []
         self.later: list[Happening] = []
