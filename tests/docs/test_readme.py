@@ -43,15 +43,9 @@ def test_an_example_prints_what_stands_below_it(tmp_path: Path, code: str, print
 def test_the_session_runs_line_by_line_as_it_stands(tmp_path: Path) -> None:
     lines = [line.removeprefix("$ ") for block in blocks("console") for line in block.splitlines() if "hwpoison" in line]
     assert len(lines) > 5
-    # Only what a reader does by taking a moment is added: a command that was sent to the background is ready first.
-    ready = {
-        "hwpoison serve": "until hwpoison status >/dev/null 2>&1; do sleep 0.05; done",
-        "python -c": "until hwpoison objects | grep -q '8 KiB'; do sleep 0.05; done",
-    }
     script = ["trap 'kill $(jobs -p); wait' EXIT"]
     for line in lines:
         script += [line.replace("/tmp/", f"{tmp_path}/"), 'echo "$?" >&3']
-        script += [wait for start, wait in ready.items() if line.startswith(start)]
     statuses = tmp_path / "statuses"
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with subprocess.Popen(

@@ -433,6 +433,32 @@ def test_a_write_that_failed_and_was_done_again_is_told_to_nobody_else(
     assert memory.lost() == []
 
 
+WRITES_AND_STAYS = """
+manager = hwpoison.connect(arguments[0])
+memory = manager.open(arguments[1], "r+")
+memory.buffer[:5] = b"hello"
+say()
+hear()
+"""
+
+
+def test_lost_changes_of_which_nobody_was_told_are_told_to_who_has_the_file_next(file: MakeFile) -> None:
+    path = file(2 * PAGE)
+    with hwpoison.Manager() as manager:
+        with Child(WRITES_AND_STAYS, manager.socket, str(path)) as child:
+            child.hear()
+            assert manager.inject(str(path), 0).state == hwpoison.State.DIRTY_FILE
+        memory = manager.open(path, "r+")
+        memory.buffer[PAGE:][:5] = b"later"
+        with pytest.raises(OSError, match="lost") as caught:
+            memory.flush()
+        assert caught.value.errno == errno.EIO
+        memory.flush()
+        manager.attach(str(path)).flush()
+        assert memory.discard() == PAGE
+    assert path.read_bytes()[PAGE:][:5] == b"later"
+
+
 def test_a_flush_to_a_file_that_shrank_writes_nothing_and_keeps_the_changes_until_it_is_as_long_again(
     manager: hwpoison.Manager, file: MakeFile
 ) -> None:

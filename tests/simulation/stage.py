@@ -174,8 +174,10 @@ class Stage(RuleBasedStateMachine):
             self.clients[process] = self.manager.add_client(process.space)
         area = process.map(memory.store, private=not memory.writable, protected=memory.tracks_dirt)
         mapping = self.manager.map(self.clients[process], memory.object, area.address, None)
-        memory.handles.append(Handle(process, area, mapping, memory))
-        return memory.handles[-1]
+        handle = Handle(process, area, mapping, memory)
+        handle.heir = memory.unheard_of and State.DIRTY_FILE in memory.lost.values()
+        memory.handles.append(handle)
+        return handle
 
     def die(self, process: Process) -> None:
         process.die()

@@ -219,8 +219,11 @@ class AnyMemory(Stage):
                     self.run(self.manager.flush(handle.mapping))
                 except OSError:
                     raised = True
+            surely |= handle.heir and State.DIRTY_FILE in memory.lost.values()
             surely |= handle.owed or self.went_wrong("write", memory)
             assert surely <= raised <= (surely or perhaps)
+            if raised:
+                memory.unheard_of = handle.heir = False
             handle.owed = False
 
     # --- what befalls the memory

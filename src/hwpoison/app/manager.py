@@ -284,8 +284,8 @@ def _checked_name(name: str | None) -> str | None:
 class Manager(BaseManager):
     """A private manager process, for this process and those that it tells `socket`.
 
-    `memory_limit` (bytes) is for everything that the manager holds: anonymous memory counts in full and is never dropped,
-    pages of files share what is left. `offline_foreign` (root): hand reports on frames that are not managed to the kernel.
+    `memory_limit` (bytes) is for the memory of all objects: anonymous pages are never dropped, those of files share what is
+    left (64 stay in any case). `offline_foreign` (root): hand reports on frames that are not managed to the kernel.
     `without`: features of userfaultfd to do without as an older kernel must, for tests. Raises `UnsupportedError` where
     userfaultfd can't be had, saying what to do.
     """

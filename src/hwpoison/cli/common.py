@@ -60,8 +60,8 @@ def memory_limit_option(function: Function) -> Function:
     return click.option(
         "--memory-limit",
         type=size,
-        help="For all that the manager holds: anonymous memory counts in full and is never dropped; pages of files share "
-        "what is left. 512M and 2GiB are sizes.",
+        help="For the memory of all objects: anonymous pages are never dropped; pages of files share what is left. 512M and "
+        "2GiB are sizes.",
     )(function)
 
 

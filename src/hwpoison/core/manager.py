@@ -78,7 +78,7 @@ class MemoryManager(Books):
                     )
                 self.start(file.close(), f"close of the second descriptor of object {known.number}")
                 return known
-            if same_file:
+            if same_file and not known.lost_changes:
                 raise FileExistsError(f"{name!r} is open in another mode or range; pass another name= to have it twice")
         for other in self.objects():
             if other.lost_changes and other.backing is not None and other.backing.place == identity[:2]:

@@ -28,8 +28,8 @@ class Mapping:
     """
 
     __slots__ = (
-        "_answers", "_asleep", "address", "client", "count", "error_seen", "first", "hits", "markers", "met", "met_before",
-        "number", "object", "reads", "writes",
+        "_answers", "_asleep", "address", "client", "count", "error_seen", "first", "heir", "hits", "markers", "met",
+        "met_before", "number", "object", "reads", "writes",
     )  # fmt: skip
 
     def __init__(
@@ -55,6 +55,8 @@ class Mapping:
         self.reads: dict[int, int] = {}
         self.writes: dict[int, int] = {}
         self.error_seen = object_.error_sequence
+        # Changes that are lost, and of which no handle has been told: the next one is, unless they are had back until then.
+        self.heir = object_.errors_told < object_.error_sequence and object_.lost_changes
         self._answers: dict[asyncio.Future[None], None] = {}
         self._asleep: dict[int, int] = {}
 

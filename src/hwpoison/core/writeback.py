@@ -26,8 +26,9 @@ async def flush(books: Books, mapping: Mapping) -> None:
     """
     object_ = mapping.object
     error = await write_back_all(books, object_)
-    if error is not None or mapping.error_seen != object_.error_sequence:
-        mapping.error_seen = object_.error_sequence
+    if error is not None or mapping.error_seen != object_.error_sequence or (mapping.heir and object_.lost_changes):
+        mapping.heir = False
+        mapping.error_seen = object_.errors_told = object_.error_sequence
         code = error.errno if error is not None and error.errno else errno.EIO
         what = f"changes to {object_.name!r} were lost or could not be written; see lost()"
         if error is not None:

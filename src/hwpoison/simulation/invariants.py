@@ -38,6 +38,10 @@ class Expectation:
         """Pages of which others have changed the file."""
         self.owed: set[Mapping] = set()
         """Handles whose next flush must fail: changes were lost."""
+        self.unheard_of = False
+        """Changes were lost, and no flush has said so yet."""
+        self._heirs: set[Mapping] = set()
+        """Handles that came after such a loss: their next flush says so, unless it is had back until then."""
         self._may: list[list[Become]] = [[] for _ in range(count)]
         self._fresh: list[int] = [0] * count
         self._was: list[list[bytes]] = [[] for _ in range(count)]
@@ -83,7 +87,13 @@ class Expectation:
         self._losses.add((loss.event_id, page))
         if loss.state is State.DIRTY_FILE:
             self.world.object.error_sequence += 1
+            self.unheard_of = True
             self.owed.update(agent.mapping for agent in self.world.agents if agent.mapping is not None)
+
+    def mapped(self, mapping: Mapping) -> None:
+        """A handle comes. What was lost before and nobody was told is told to it."""
+        if self.unheard_of and any(loss.state is State.DIRTY_FILE for loss in self.world.object.losses.values()):
+            self._heirs.add(mapping)
 
     def stored(self, page: int, data: bytes) -> None:
         """A process has stored to the page."""
@@ -265,9 +275,11 @@ class Expectation:
         _, owed, calm = self._flushes.pop(mapping)
         self._look_at_given_up(self._dirty.pop(mapping))
         wrong = self._gone_wrong() > self._told_of.get(mapping, 0) or self.world.store.has_bad()
-        if mapping not in self.owed and not owed and not wrong and not self.foreign:
+        if mapping not in self.owed | self._heirs and not owed and not wrong and not self.foreign:
             self.fail("flush() fails only where changes were lost or could not be written.")
         self.owed.discard(mapping)
+        self._heirs.discard(mapping)
+        self.unheard_of = False
         self._told_of[mapping] = calm
 
     def flushed(self, mapping: Mapping) -> None:
@@ -349,6 +361,7 @@ class Expectation:
                 if loss.state is State.DIRTY_FILE and agent.mapping is not None:
                     self.owed.add(agent.mapping)
             if loss.state is State.DIRTY_FILE:
+                self.unheard_of = True
                 # Also a handle that is gone, and whose flush is still under way.
                 self.owed.update(self._flushes)
 
