@@ -241,7 +241,7 @@ WRONG_MANAGERS = {
         """
         from hwpoison.linux.quarantine import Quarantine
         Quarantine.hold = lambda self, pipe, number: os.read(pipe, 4096)
-        failure._quarantine = lambda handling, frame: (frame.quarantine(), Outcome.RECOVERED)[1]
+        failure._quarantine = lambda handling, object_, frame: (frame.quarantine(), Outcome.RECOVERED)[1]
         """,
         {"clean file page, mapped": INTACT, "dirty file page": LOST, "anonymous page": LOST},
     ),
