@@ -222,8 +222,8 @@ class Mapped(Message):
 
 
 class Flushed(Message):
-    """`errors` counts those of the object so far. `failed`, if there are some that the client has not been told of, or if
-    this very flush could not write everything (`unwritten`): then nothing is lost, and the next one tries again.
+    """`errors` counts those that the client is to be told of. `failed`, if there are some that it has not been told of, or
+    if this very flush could not write everything (`unwritten`): then nothing is lost by it, and the next one tries again.
     """
 
     errors: int

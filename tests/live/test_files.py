@@ -423,7 +423,7 @@ def test_a_write_that_failed_and_was_done_again_is_told_to_nobody_else(
     memory.buffer[:] = known(2 * PAGE, 2)
     slow.fail(write=errno.ENOSPC)
     for each in (memory, other, memory):
-        with pytest.raises(OSError, match="still in memory") as caught:
+        with pytest.raises(OSError, match="stay in memory") as caught:
             each.flush()
         assert caught.value.errno == errno.ENOSPC
     slow.fail()
@@ -431,6 +431,98 @@ def test_a_write_that_failed_and_was_done_again_is_told_to_nobody_else(
         each.flush()
     assert slow.content == known(2 * PAGE, 2)
     assert memory.lost() == []
+
+
+@pytest.mark.parametrize("had_back", [False, True])
+def test_a_loss_is_told_although_a_flush_could_not_write_before_it_could(
+    slow_file: MakeSlowFile, manager: hwpoison.Manager, had_back: bool
+) -> None:
+    slow = slow_file(known(4 * PAGE))
+    memory = manager.open(slow.path, "r+", name="slow")
+    other = manager.attach("slow")
+    memory.buffer[:] = known(4 * PAGE, 2)
+    assert manager.inject(memory, 0).state == hwpoison.State.DIRTY_FILE
+    if had_back:
+        assert other.discard() == PAGE
+    slow.fail(write=errno.ENOSPC)
+    for _ in range(2):
+        with pytest.raises(OSError, match="others were lost") as caught:
+            memory.flush()
+        assert caught.value.errno == errno.ENOSPC
+    slow.fail()
+    for each in (memory, other):
+        with pytest.raises(OSError, match="lost") as caught:
+            each.flush()
+        assert caught.value.errno == errno.EIO
+        each.flush()
+    assert slow.content[PAGE:] == known(4 * PAGE, 2)[PAGE:]
+
+
+@pytest.mark.parametrize("operation", ["write", "sync"])
+def test_each_thread_that_flushes_hears_that_not_everything_could_be_written(
+    slow_file: MakeSlowFile, manager: hwpoison.Manager, operation: str
+) -> None:
+    slow = slow_file(known(4 * PAGE))
+    memory = manager.open(slow.path, "r+", name="slow")
+    memory.buffer[:] = known(4 * PAGE, 2)
+    manager.inject(memory, 0)
+    slow.fail(**{operation: errno.ENOSPC})
+    ready, said = threading.Barrier(3), []
+
+    def flush() -> None:
+        ready.wait()
+        try:
+            memory.flush()
+        except OSError as error:
+            said.append(error.errno)
+
+    threads = [threading.Thread(target=flush) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert said == [errno.ENOSPC] * 3
+    slow.fail()
+    with pytest.raises(OSError, match="lost") as caught:
+        memory.flush()
+    assert caught.value.errno == errno.EIO
+    memory.flush()
+
+
+def test_a_told_loss_that_stands_makes_no_error_of_one_that_was_had_back(file: MakeFile) -> None:
+    with hwpoison.Manager() as manager:
+        path = file(4 * PAGE)
+        memory = manager.open(path, "r+")
+        memory.buffer[:] = known(4 * PAGE, 2)
+        manager.inject(memory, 0)
+        with pytest.raises(OSError, match="lost"):
+            memory.flush()
+        memory.buffer[PAGE:] = known(3 * PAGE, 3)
+        manager.inject(memory, PAGE)
+        assert memory.repair(PAGE, known(PAGE, 4)) == PAGE
+        manager.attach(str(path)).flush()
+        with pytest.raises(OSError, match="lost"):
+            memory.flush()
+        memory.discard()
+
+
+def test_a_file_that_lost_changes_and_was_mended_by_other_means_can_be_opened_again(file: MakeFile) -> None:
+    path = file(4 * PAGE)
+    with hwpoison.Manager() as manager:
+        memory = manager.open(path, "r+")
+        memory.buffer[:5] = b"hello"
+        manager.inject(memory, 0)
+        with pytest.raises(OSError, match="lost"):
+            memory.close()
+        path.write_bytes(known(4 * PAGE, 5))
+        for mode, name in (("r+", None), ("r", None), ("r+", "other")):
+            with pytest.raises(FileExistsError, match="attach"):
+                manager.open(path, mode, name=name)  # type: ignore[arg-type]
+        with manager.attach(str(path)) as again:
+            assert again.discard() == PAGE
+            assert again.read(0, PAGE) == known(PAGE, 5)
+        wait_until(lambda: not manager.objects(), "the object is at its end")
+        assert manager.open(path, "r+").read(0, 4 * PAGE) == known(4 * PAGE, 5)
 
 
 WRITES_AND_STAYS = """

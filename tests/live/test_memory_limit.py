@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from hwpoison.core.reclaim import FILES_LEAST
 from hwpoison.linux.syscalls import PAGE_SIZE
 from tests.large_frames import BLOCK_BYTES, collapse
 from tests.live.conftest import known
+from tests.live.process import Child
 
 MakeFile = Callable[..., Path]
 
@@ -74,21 +73,29 @@ def test_files_are_written_right_within_a_limit_of_whole_large_frames(file: Make
     assert path.read_bytes() == expected
 
 
+def test_small_anonymous_objects_count_as_the_pages_that_they_take() -> None:
+    with hwpoison.Manager(memory_limit=10 * PAGE_SIZE) as manager:
+        for _ in range(10):
+            manager.allocate(1).buffer[0] = 1
+        with pytest.raises(MemoryError, match="do not fit"):
+            manager.allocate(1)
+        assert manager.statistics().memory_present == 10 * PAGE_SIZE
+
+
 READS_AND_WRITES = """
-import os, random, sys
-import hwpoison
-with hwpoison.connect() as manager:
-    memory = manager.attach(sys.argv[1])
-    page, chance = os.sysconf("SC_PAGE_SIZE"), random.Random(int(sys.argv[2]))
-    mine = 8 + 8 * int(sys.argv[2])
-    for _ in range(200):
-        # The borders between pages, from many places of the file to a place of one's own.
-        there = chance.randrange(40 * page - 7, memory.nbytes - 8, page)
-        content = memory.buffer[there : there + 8].tobytes()
-        assert content == memory.read(there, 8)
-        at = page * mine - 4
-        memory.buffer[at : at + 8] = content
-        assert memory.buffer[at : at + 8] == content
+import random
+memory = hwpoison.connect(arguments[0]).attach(arguments[1])
+page, chance = os.sysconf("SC_PAGE_SIZE"), random.Random(arguments[2])
+mine = 8 + 8 * arguments[2]
+for _ in range(200):
+    # The borders between pages, from many places of the file to a place of one's own.
+    there = chance.randrange(40 * page - 7, memory.nbytes - 8, page)
+    content = memory.buffer[there : there + 8].tobytes()
+    assert content == memory.read(there, 8)
+    at = page * mine - 4
+    memory.buffer[at : at + 8] = content
+    assert memory.buffer[at : at + 8] == content
+say("done")
 """
 
 
@@ -102,10 +109,7 @@ def test_accesses_over_the_borders_of_pages_end_however_little_a_limit_leaves_to
             manager.allocate(limit).buffer[:] = bytes([1]) * limit
         memory = manager.open(path, "r+", name="file")
         assert memory.read(PAGE_SIZE - 6, 12) == known(nbytes)[PAGE_SIZE - 6 : PAGE_SIZE + 6]
-        environment = {**os.environ, "HWPOISON_SOCKET": manager.socket}
-        clients = [
-            subprocess.Popen([sys.executable, "-c", READS_AND_WRITES, "file", str(number)], env=environment)
-            for number in range(3)
-        ]
-        assert [client.wait() for client in clients] == [0, 0, 0]
+        with ExitStack() as stack:
+            children = [stack.enter_context(Child(READS_AND_WRITES, manager.socket, "file", number)) for number in range(3)]
+            assert [child.hear() for child in children] == ["done"] * 3
         assert manager.statistics().memory_present <= (limit if filled else 0) + FILES_LEAST * PAGE_SIZE

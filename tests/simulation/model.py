@@ -25,15 +25,14 @@ def pages_of(offset: int, nbytes: int) -> range:
 
 
 class Handle:
-    """A mapping, of a process that has one thread. `owed`: whether its next flush must fail
-    whatever becomes of it; `heir`: if what was lost before it came is lost still."""
+    """A mapping, of a process that has one thread. `owed`: its next flush that writes everything must say EIO."""
 
     def __init__(self, process: Process, area: Area, mapping: Mapping, memory: Memory) -> None:
         self.process = process
         self.area = area
         self.mapping = mapping
         self.memory = memory
-        self.owed = self.heir = False
+        self.owed = False
         self.told: Counter[int] = Counter()
         """How often it was sent a signal for a page that is lost."""
 
@@ -59,11 +58,13 @@ class Memory:
         self.handles: list[Handle] = []
         self.pages: list[bytes] = []
         self.lost: dict[int, State] = {}
+        self.untold: set[int] = set()
+        """Lost pages of which no flush has told."""
         self.stored: set[int] = set()
         """Pages that were changed since they were last seen to be what the file holds."""
         self.touched: set[int] = set()
         """Pages that may count as dirty although nothing in them is to get to the file."""
-        self.foreign = self.unheard_of = False
+        self.foreign = False
         """The file was changed by somebody else: what is not in memory is gone."""
         self.known = disk.content if disk is not None else b""
         """What the file was seen to hold."""
@@ -73,7 +74,7 @@ class Memory:
 
     def opened(self, object_: MemoryObject, store: SimulatedStore) -> None:
         self.object, self.store, self.is_open, self.foreign = object_, store, True, False
-        self.unheard_of = False
+        self.untold = set()
         self.pages = [self.behind(page) for page in range(self.count)]
         self.lost, self.stored, self.touched = {}, set(), set()
 
@@ -158,8 +159,7 @@ class Memory:
         return self.disk is not None and any(len(self.in_file(page)) < self.nbytes_of(page) for page in pages)
 
     def failed(self) -> None:
-        """Changes are lost, or may be: every handle's next flush says so, or if none does, that of the next who comes."""
-        self.unheard_of = True
+        """Changes are lost, or may be: every handle's flush says so."""
         for handle in self.handles:
             handle.owed = True
 

@@ -174,10 +174,8 @@ class Stage(RuleBasedStateMachine):
             self.clients[process] = self.manager.add_client(process.space)
         area = process.map(memory.store, private=not memory.writable, protected=memory.tracks_dirt)
         mapping = self.manager.map(self.clients[process], memory.object, area.address, None)
-        handle = Handle(process, area, mapping, memory)
-        handle.heir = memory.unheard_of and State.DIRTY_FILE in memory.lost.values()
-        memory.handles.append(handle)
-        return handle
+        memory.handles.append(Handle(process, area, mapping, memory))
+        return memory.handles[-1]
 
     def die(self, process: Process) -> None:
         process.die()
@@ -306,6 +304,8 @@ class Stage(RuleBasedStateMachine):
         owners = {handle.mapping.client.number for handle in memory.handles}
         for page in pages:
             memory.lost[page] = state
+            if state is State.DIRTY_FILE:
+                memory.untold.add(page)
             memory.clean([page])
             self.losses += [(one, memory.name, page * PAGE, memory.nbytes_of(page), state) for one in owners]
         if state is State.DIRTY_FILE and pages:

@@ -17,6 +17,7 @@ from hypothesis.stateful import initialize, precondition, rule
 
 from hwpoison.core import recovery
 from hwpoison.core.records import Failure, Outcome, Report, State
+from hwpoison.core.writeback import UnwrittenError
 from hwpoison.errors import PoisonError
 from hwpoison.simulation.loop import Mode
 from tests.simulation.model import PAGE, Handle, Memory, pages_of
@@ -214,17 +215,22 @@ class AnyMemory(Stage):
             memory = handle.memory
             surely, perhaps = memory.cut_off(memory.unsaved()), memory.cut_off(memory.stored | memory.touched)
             with self.writing_back([memory]):
-                raised = False
+                owed, unwritten, told = handle.owed, False, False
                 try:
                     self.run(self.manager.flush(handle.mapping))
+                except UnwrittenError:
+                    unwritten = True
                 except OSError:
-                    raised = True
-            surely |= handle.heir and State.DIRTY_FILE in memory.lost.values()
-            surely |= handle.owed or self.went_wrong("write", memory)
-            assert surely <= raised <= (surely or perhaps)
-            if raised:
-                memory.unheard_of = handle.heir = False
-            handle.owed = False
+                    told = True
+            surely |= self.went_wrong("write", memory) or self.went_wrong("sync", memory)
+            assert surely <= unwritten <= (surely or perhaps)
+            if not unwritten:
+                assert told == (owed or any(memory.lost.get(page) is State.DIRTY_FILE for page in memory.untold))
+                owed = False
+            if told:
+                memory.untold.clear()
+            # That a sync has failed was told to this handle there and then.
+            handle.owed = owed
 
     # --- what befalls the memory
 

@@ -37,9 +37,7 @@ def text(what: str, value: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ValueError(
-            f"{what} is Unicode text, and {value!a} is not; objects() and `hwpoison objects` show names as they are"
-        ) from None
+        raise ValueError(f"{what} is Unicode text, and {value[:80]!a} is not") from None
     return value
 
 

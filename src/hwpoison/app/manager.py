@@ -103,7 +103,7 @@ class BaseManager:
         """An object that this or another process has made. Raises FileNotFoundError."""
         return self._memory(protocol.Attach(_checked_name(name) or ""))
 
-    def attach_object(self, name: str, number: int) -> Memory:
+    def _attach_object(self, name: str, number: int) -> Memory:
         """As `attach`, if it is still that object. For `pickle`."""
         return self._memory(protocol.Attach(name, number))
 
@@ -202,7 +202,7 @@ class BaseManager:
 
     def _name(self, memory: str | Memory) -> str:
         if isinstance(memory, str):
-            return text("an object's name", memory)
+            return text(NAME, memory)
         if not isinstance(memory, Memory):
             raise TypeError(f"a memory, or the name of an object as a str, not {type(memory).__name__}")
         if memory.closed:
@@ -275,10 +275,13 @@ class BaseManager:
         self.close()
 
 
+NAME = "an object's name, as objects() shows it,"
+
+
 def _checked_name(name: str | None) -> str | None:
     if name is not None and not isinstance(name, str):
         raise TypeError(f"an object's name is a str, not {type(name).__name__}")
-    return None if name is None else text("an object's name", name)
+    return None if name is None else text(NAME, name)
 
 
 class Manager(BaseManager):
@@ -414,10 +417,10 @@ def attach_pickled(socket_name: str, instance: str, name: str, number: int) -> M
     for manager in tuple(_managers):
         connection = manager.connection
         if connection.welcome.instance == instance and connection.owner == os.getpid() and not connection.closed:
-            return manager.attach_object(name, number)
+            return manager._attach_object(name, number)
     manager = connect(socket_name)
     if manager.connection.welcome.instance != instance:
         manager.close()
         raise FileNotFoundError(f"the manager that had memory {name!r} has ended; the one at {socket_name} is another")
     _shared.append(manager)
-    return manager.attach_object(name, number)
+    return manager._attach_object(name, number)

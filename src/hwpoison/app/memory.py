@@ -264,8 +264,10 @@ class Memory:
         """Raise what is new in it. Until it is raised, the manager says it again."""
         if reply.failed is None:
             return
+        if reply.unwritten:
+            raise protocol.error_of(reply.failed)
         with self._lock:
-            if reply.errors <= self._errors and not reply.unwritten:
+            if reply.errors <= self._errors:
                 return  # Another thread's flush has told it.
             try:
                 raise protocol.error_of(reply.failed)

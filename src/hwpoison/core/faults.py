@@ -26,14 +26,16 @@ def fault(books: Books, client: Client, address: int, thread: int, *, write: boo
     """A thread of `client` sleeps in a fault at `address` (page aligned). Called by the machine; never waits."""
     books.statistics.faults += 1
     mapping = client.find(address)
-    if mapping is not None and not books.machine.poison_markers:
-        mapping.sleeps(thread, mapping.page(address))
     if mapping is None:
         # The client has told us of no mapping here. It must not be woken into the same fault for ever.
         signal_or_kill(books, client, address, thread)
         client.space.wake(address, client.page_size)
-    elif protected or not _at_once_or_not(books, mapping, mapping.page(address), write):
-        books.start(_served(books, mapping, mapping.page(address), thread, write, protected), f"fault of {client.number}")
+        return
+    page = mapping.page(address)
+    if not books.machine.poison_markers:
+        mapping.sleeps(thread, page)
+    if protected or not _at_once_or_not(books, mapping, page, write):
+        books.start(_served(books, mapping, page, thread, write, protected), f"fault of {client.number}")
     elif client.told:
         client.forget_told(address)
 

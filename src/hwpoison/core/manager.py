@@ -33,8 +33,9 @@ class MemoryManager(Books):
         if nbytes <= 0:
             raise ValueError(f"an object has at least 1 byte, not {nbytes}")
         if self.memory_limit is not None:
-            allocated = sum(one.nbytes for one in self._objects.values() if one.backing is None)
-            if allocated + nbytes > self.memory_limit:
+            size = self.machine.page_size
+            allocated = sum(one.pages.count for one in self._objects.values() if one.backing is None) * size
+            if allocated + -(-nbytes // size) * size > self.memory_limit:
                 raise MemoryError(
                     f"{nbytes} bytes of anonymous memory do not fit: {allocated} of the memory limit of "
                     f"{self.memory_limit} are allocated, and anonymous pages can't be dropped"
@@ -71,20 +72,21 @@ class MemoryManager(Books):
         if known is not None and known.backing is not None and known.backing.identity is not None:
             same_file = known.backing.place == identity[:2]
             if same_file and (known.backing.offset, known.nbytes, known.backing.writable) == (offset, nbytes, writable):
-                if not known.backing.writing and known.backing.identity != identity:
+                if known.backing.writing or known.backing.identity == identity:
+                    self.start(file.close(), f"close of the second descriptor of object {known.number}")
+                    return known
+                if not known.lost_changes:
                     raise FileExistsError(
                         f"{name!r} was changed since it was opened here, and that version is still in use; close it, or "
                         "pass another name="
                     )
-                self.start(file.close(), f"close of the second descriptor of object {known.number}")
-                return known
-            if same_file and not known.lost_changes:
+            elif same_file and not known.lost_changes:
                 raise FileExistsError(f"{name!r} is open in another mode or range; pass another name= to have it twice")
         for other in self.objects():
             if other.lost_changes and other.backing is not None and other.backing.place == identity[:2]:
                 raise FileExistsError(
-                    f"changes to this file that were made as {other.name!r} are lost, and it holds what was there before; "
-                    f"open it as {other.name!r} in the same mode and range, and repair() or discard() what is in lost()"
+                    f"changes to this file that were made as {other.name!r} are lost, and it does not hold them; "
+                    f"attach({other.name!r}), repair() or discard() what is in lost(), and close it"
                 )
         return self._create(name, nbytes, Backing(file, offset, writable, identity))
 

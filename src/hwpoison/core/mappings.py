@@ -28,8 +28,8 @@ class Mapping:
     """
 
     __slots__ = (
-        "_answers", "_asleep", "address", "client", "count", "error_seen", "first", "heir", "hits", "markers", "met",
-        "met_before", "number", "object", "reads", "writes",
+        "_answers", "_asleep", "address", "client", "count", "error_seen", "errors_apart", "first", "heir", "hits",
+        "markers", "met", "met_before", "number", "object", "reads", "writes",
     )  # fmt: skip
 
     def __init__(
@@ -55,14 +55,21 @@ class Mapping:
         self.reads: dict[int, int] = {}
         self.writes: dict[int, int] = {}
         self.error_seen = object_.error_sequence
-        # Changes that are lost, and of which no handle has been told: the next one is, unless they are had back until then.
-        self.heir = object_.errors_told < object_.error_sequence and object_.lost_changes
+        self.errors_apart = 0
+        """How many more `errors` it has than the object: less for each that its own flush met, one for what it inherits."""
+        self.heir = bool(object_.untold)
+        """Changes were lost before it came, and nobody was told: it is, unless they are had back or told meanwhile."""
         self._answers: dict[asyncio.Future[None], None] = {}
         self._asleep: dict[int, int] = {}
 
     @property
     def end_address(self) -> int:
         return self.address + self.count * self.object.page_size
+
+    @property
+    def errors(self) -> int:
+        """Of how many errors `flush` is to tell this handle; `error_seen` is of how many it has."""
+        return self.object.error_sequence + self.errors_apart
 
     def page(self, address: int) -> int:
         """The page of the object that `address` shows."""

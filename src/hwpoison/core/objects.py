@@ -112,8 +112,8 @@ class MemoryObject:
         self.losses: dict[int, Loss] = {}
         self.error_sequence = 0
         """Counts losses of data that the file should have; each handle reports each once (`flush`)."""
-        self.errors_told = 0
-        """How many of them some handle has reported."""
+        self.untold: set[int] = set()
+        """Lost pages with changes of which no flush has told yet. Who has the file next is told too."""
         self.references = 0
         """Mappings, and clients that are about to map."""
         self.closed = False

@@ -21,9 +21,9 @@ from hwpoison.core.objects import MemoryObject
 from hwpoison.core.pages import PRESENT
 
 FILES_LEAST = 64
-"""Pages that files may have in any case, even over the limit. One access can need four pages at the same time (a move from
-unaligned bytes to unaligned bytes), a write as many again; with too few for all threads each would push out what another has
-just been given, and none would get on."""
+"""Pages that files may have in any case, even over the limit. One access can need four at the same time (a move from one
+border between pages to another); with too few for all threads, each would push out what another has just been given, and
+none would get on."""
 GENERATIONS = 255
 """Values of the byte that are generations; 0 is none."""
 _ABSENT = bytes(0 if value & PRESENT else 1 for value in range(256))

@@ -187,6 +187,8 @@ def lose(books: Books, object_: MemoryObject, page: int, loss: Loss) -> tuple[in
     object_.pages.set(LOST, page)
     object_.pages.set(POISONED, page)
     object_.losses[page] = loss
+    if loss.state is State.DIRTY_FILE:
+        object_.untold.add(page)
     return tell_owners(books, object_, page, loss)
 
 
@@ -290,6 +292,7 @@ async def _revive_locked(books: Books, object_: MemoryObject, page: int, content
     await object_.watch(page, 1)
     object_.store.publish(page, content)
     loss = object_.losses.pop(page)
+    object_.untold.discard(page)
     object_.pages.clear(LOST | POISONED, page)
     object_.pages.arrived(page, 1, books.reclaim.arrived(object_, 1), dirty)
     for mapping in object_.mappings.covering(page):

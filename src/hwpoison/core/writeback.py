@@ -18,30 +18,37 @@ from hwpoison.core.pages import DIRTY, POISONED, PRESENT, WRITEBACK
 STRUCK = DIRTY | POISONED
 
 
+class UnwrittenError(OSError):
+    """What is dirty could not all be written. It still is dirty: nothing is lost by it."""
+
+
 async def flush(books: Books, mapping: Mapping) -> None:
     """All that was dirty is in the file and on the disk when this returns.
 
-    Raises OSError: what the file system says, if it did not take everything now. Or EIO, once for this mapping, if dirty
-    content was lost since it was opened or last told, or if the file system has said that it may have been.
+    Raises `UnwrittenError`, with what the file system says, as often as that does not take everything. Else OSError (EIO),
+    once for this mapping, if dirty content was lost since it came or was last told, or if another handle's flush met an
+    fsync that failed.
     """
     object_ = mapping.object
-    error = await write_back_all(books, object_)
-    if error is not None or mapping.error_seen != object_.error_sequence or (mapping.heir and object_.lost_changes):
-        mapping.heir = False
-        mapping.error_seen = object_.errors_told = object_.error_sequence
-        code = error.errno if error is not None and error.errno else errno.EIO
-        what = f"changes to {object_.name!r} were lost or could not be written; see lost()"
-        if error is not None:
-            others = "; others are lost, see lost()" if object_.lost_changes else ""
-            what = (
-                f"changes to {object_.name!r} could not be written: {error.strerror or error}; they are still in memory, "
-                f"and flush() can be tried again{others}"
-            )
-        raise OSError(code, what)
+    error = await write_back_all(books, object_, mapping)
+    if error is not None:
+        others = "; others were lost, see lost()" if mapping.error_seen != mapping.errors or object_.lost_changes else ""
+        raise UnwrittenError(
+            error.errno or errno.EIO,
+            f"changes to {object_.name!r} could not be written: {error.strerror or error}; they stay in memory while "
+            f"somebody has it open, and flush() can be tried again{others}",
+        )
+    if mapping.heir and object_.untold:
+        mapping.errors_apart += 1
+    mapping.heir = False
+    if mapping.error_seen != mapping.errors:
+        mapping.error_seen = mapping.errors
+        object_.untold.clear()
+        raise OSError(errno.EIO, f"changes to {object_.name!r} were lost or could not be written; see lost()")
 
 
-async def write_back_all(books: Books, object_: MemoryObject) -> OSError | None:
-    """Write every page back that is dirty now, to the disk. The first error; its pages stay dirty."""
+async def write_back_all(books: Books, object_: MemoryObject, mapping: Mapping | None = None) -> OSError | None:
+    """Write every page back that is dirty now, to the disk. The first error, told to `mapping`; its pages stay dirty."""
     backing = object_.backing
     if backing is None or not backing.writable:
         return None
@@ -65,6 +72,8 @@ async def write_back_all(books: Books, object_: MemoryObject) -> OSError | None:
             _dirty_again(object_, first, count)
         # But what was written earlier and is not in memory any more may be lost, of every handle.
         object_.error_sequence += 1
+        if mapping is not None:
+            mapping.errors_apart -= 1
     if failed is not None:
         _note(books, object_, failed)
     return failed

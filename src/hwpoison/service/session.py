@@ -17,6 +17,7 @@ from hwpoison.core.mappings import Client, Mapping
 from hwpoison.core.objects import MemoryObject
 from hwpoison.core.pages import DIRTY
 from hwpoison.core.records import Notice
+from hwpoison.core.writeback import UnwrittenError
 from hwpoison.linux import userfaultfd
 from hwpoison.linux.space import Board, LinuxSpace, Slot
 from hwpoison.linux.store import LinuxStore
@@ -204,11 +205,10 @@ class Session:
         mapping.error_seen = request.errors
         try:
             await self.server.manager.flush(mapping)
+        except UnwrittenError as error:
+            return protocol.Flushed(request.errors, protocol.failed(error), unwritten=True)
         except OSError as error:
-            failed = protocol.failed(error)
-            if mapping.error_seen == request.errors:
-                return protocol.Flushed(mapping.error_seen, failed, unwritten=True)
-            self._flush_failed[request.mapping] = failed
+            self._flush_failed[request.mapping] = protocol.failed(error)
         # Of two flushes at a time, the first one's reply may be the one that nobody has got.
         new = mapping.error_seen != request.errors
         return protocol.Flushed(mapping.error_seen, self._flush_failed.get(request.mapping) if new else None)

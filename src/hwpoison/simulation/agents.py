@@ -56,7 +56,6 @@ class Agent:
         self.area = self.process.map(world.store, private=private, protected=object_.tracks_dirt and not private)
         hits = self.guard.hits if self.guard is not None else None
         self.mapping = world.manager.map(self.client, object_, self.area.address, hits)
-        world.expectation.mapped(self.mapping)
         self.owns = True
 
     def add_events(self, events: list[Event], *, manager: bool) -> None:

@@ -87,7 +87,8 @@ class Fingerprint:
         return (
             bytes(pages.flags[: pages.count]), bytes(pages.generation[: pages.count]), pages.present,
             tuple([(page, self.canonical(loss)) for page, loss in object_.losses.items()]),
-            object_.error_sequence, object_.errors_told, object_.references, object_.closed, self.canonical(object_.ending),
+            object_.error_sequence, tuple(sorted(object_.untold)), object_.references, object_.closed,
+            self.canonical(object_.ending),
             self.canonical(object_.locks._held), self.canonical(object_.locks._waiting), self.canonical(object_._io),
             backing and (backing.identity, backing.changed, backing.writing, self.canonical(backing.turn)),
             tuple([self._mapping(one) for one in object_.mappings]),
@@ -98,7 +99,8 @@ class Fingerprint:
     def _mapping(self, mapping: mappings.Mapping) -> tuple[Any, ...]:
         return (
             mapping.number, tuple(sorted(mapping.markers)), tuple(mapping.met), mapping.met_before,
-            tuple(mapping.reads.items()), tuple(mapping.writes.items()), mapping.error_seen, mapping.heir,
+            tuple(mapping.reads.items()), tuple(mapping.writes.items()),
+            mapping.error_seen, mapping.errors_apart, mapping.heir,
             len(mapping._answers), tuple(mapping._asleep.items()), mapping.hits and mapping.hits.guarded,
         )  # fmt: skip
 
@@ -142,8 +144,7 @@ class Fingerprint:
             # What a flush has to find is what came after it began.
             tuple([tuple(one) if expectation._flushes else one[-1] for one in expectation.history]),
             tuple(sorted(expectation.foreign)), expectation.frames_gone_bad, expectation._calm,
-            tuple(sorted([one.number for one in expectation.owed])), expectation.unheard_of,
-            tuple(sorted([one.number for one in expectation._heirs])),
+            tuple(sorted([one.number for one in expectation.owed])), tuple(sorted(expectation._untold)),
             tuple([len(one) for one in expectation._may]), tuple(expectation._fresh), tuple(expectation._reviving),
             tuple([tuple(one) for one in expectation._was]),
             tuple(expectation._reporting),

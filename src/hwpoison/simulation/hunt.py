@@ -90,6 +90,7 @@ COMPARED = (
     ("writable", "dirty", ("flush", "report")),
     ("writable", "dirty", ("evict", "read")),
     ("writable", "dirty", ("flush twice",)),
+    ("writable", "dirty", ("flush twice", "report")),
     ("writable", "dirty", ("write", "flush")),
     ("writable", "dirty", ("flush", "request to write", "flush")),
     ("writable", "lost", ("request to write half of",)),

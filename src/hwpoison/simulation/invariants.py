@@ -38,25 +38,23 @@ class Expectation:
         """Pages of which others have changed the file."""
         self.owed: set[Mapping] = set()
         """Handles whose next flush must fail: changes were lost."""
-        self.unheard_of = False
-        """Changes were lost, and no flush has said so yet."""
-        self._heirs: set[Mapping] = set()
-        """Handles that came after such a loss: their next flush says so, unless it is had back until then."""
+        self._untold: set[int] = set()
+        """Pages with changes that were lost, and of which no flush has told yet."""
         self._may: list[list[Become]] = [[] for _ in range(count)]
         self._fresh: list[int] = [0] * count
         self._was: list[list[bytes]] = [[] for _ in range(count)]
         """What the file has held since somebody asked for whatever it holds."""
         self._told: set[tuple[str, int, int]] = set()
         self._losses: set[tuple[str, int]] = set()
-        self._flushes: dict[Mapping, tuple[list[int], bool, int]] = {}
+        self._flushes: dict[Mapping, tuple[list[int], bool, frozenset[int], tuple[int, int]]] = {}
         self._dirty: dict[Mapping, set[int]] = {}
         """What was dirty when a handle asked for a flush."""
         self._unsynced: set[int] = set()
         """Pages that a sync has failed for and that will not be written again: all handles are told of that once."""
-        self._calm = 0
-        """What had gone wrong when last nothing was under way."""
+        self._calm = (0, 0)
+        """What had gone wrong when last nothing was under way, and how much of that was a sync."""
         self._told_of: dict[Mapping, int] = {}
-        """Of how much that went wrong before a handle's next flush it can't be told any more."""
+        """Of how many syncs that failed before a handle's next flush it can't be told any more."""
         self._reviving: list[int] = [0] * count
         self._reporting: list[int] = [0] * count
 
@@ -87,13 +85,9 @@ class Expectation:
         self._losses.add((loss.event_id, page))
         if loss.state is State.DIRTY_FILE:
             self.world.object.error_sequence += 1
-            self.unheard_of = True
+            self.world.object.untold.add(page)
+            self._untold.add(page)
             self.owed.update(agent.mapping for agent in self.world.agents if agent.mapping is not None)
-
-    def mapped(self, mapping: Mapping) -> None:
-        """A handle comes. What was lost before and nobody was told is told to it."""
-        if self.unheard_of and any(loss.state is State.DIRTY_FILE for loss in self.world.object.losses.values()):
-            self._heirs.add(mapping)
 
     def stored(self, page: int, data: bytes) -> None:
         """A process has stored to the page."""
@@ -251,12 +245,18 @@ class Expectation:
             self._calm = self._gone_wrong()
         losses = self.world.object.losses
         begun = [-1 if page in losses else len(one) - 1 for page, one in enumerate(self.history)]
-        self._flushes[mapping] = (begun, mapping in self.owed, self._calm)
+        calm = (-1, self._calm[1]) if self.world.store.has_bad() else self._calm
+        self._flushes[mapping] = (begun, mapping in self.owed, self._still_untold(), calm)
 
-    def _gone_wrong(self) -> int:
-        """How much has gone wrong of which a flush may tell."""
+    def _still_untold(self) -> frozenset[int]:
+        """Pages with lost changes that nobody has had back, and of which no flush has told."""
+        losses = self.world.object.losses
+        return frozenset(page for page in self._untold if page in losses and losses[page].state is State.DIRTY_FILE)
+
+    def _gone_wrong(self) -> tuple[int, int]:
+        """How much has gone wrong of which a flush may tell, and how much of that was a sync."""
         wrong = self.world.machine.went_wrong
-        return wrong["write fails"] + wrong["sync fails"] + self.frames_gone_bad
+        return wrong["write fails"] + wrong["sync fails"] + self.frames_gone_bad, wrong["sync fails"]
 
     def _look_at_given_up(self, dirty: set[int]) -> None:
         """A sync has failed. What this flush has written and is still in memory must be dirty again; what was written
@@ -270,24 +270,33 @@ class Expectation:
                 self._unsynced.add(page)
         disk.given_up.clear()
 
-    def flush_failed(self, mapping: Mapping) -> None:
-        """It was told that changes are lost, or could not be written."""
-        _, owed, calm = self._flushes.pop(mapping)
+    def not_written(self, mapping: Mapping) -> None:
+        """It was told that not everything could be written. What else it is owed it is owed still."""
+        *_, calm = self._flushes.pop(mapping)
         self._look_at_given_up(self._dirty.pop(mapping))
-        wrong = self._gone_wrong() > self._told_of.get(mapping, 0) or self.world.store.has_bad()
-        if mapping not in self.owed | self._heirs and not owed and not wrong and not self.foreign:
-            self.fail("flush() fails only where changes were lost or could not be written.")
+        if self._gone_wrong()[0] <= calm[0] and not self.world.store.has_bad() and not self.foreign:
+            self.fail("flush() fails to write only where something goes wrong.")
+
+    def flush_failed(self, mapping: Mapping) -> None:
+        """It was told that changes are lost, or that a sync of another handle has failed."""
+        _, owed, untold, calm = self._flushes.pop(mapping)
+        del self._dirty[mapping]
+        wrong = self._gone_wrong()[1] > self._told_of.get(mapping, 0)
+        if not (owed or untold or wrong or mapping in self.owed or self._still_untold()):
+            self.fail("flush() says that changes are lost only where they are.")
         self.owed.discard(mapping)
-        self._heirs.discard(mapping)
-        self.unheard_of = False
-        self._told_of[mapping] = calm
+        self._untold.clear()
+        self._told_of[mapping] = calm[1]
 
     def flushed(self, mapping: Mapping) -> None:
         """It was told that all is in the file."""
-        begun, owed, self._told_of[mapping] = self._flushes.pop(mapping)
+        begun, owed, untold, calm = self._flushes.pop(mapping)
+        self._told_of[mapping] = calm[1]
         del self._dirty[mapping]
         if owed:
             self.fail("flush() fails once for each handle if changes were lost.")
+        if untold & self._still_untold():
+            self.fail("Lost changes of which nobody was told are told to whoever flushes.")
         for page, known in enumerate(begun):
             if page in self.world.object.losses or page in self.foreign or not self.world.object.tracks_dirt:
                 continue
@@ -361,7 +370,7 @@ class Expectation:
                 if loss.state is State.DIRTY_FILE and agent.mapping is not None:
                     self.owed.add(agent.mapping)
             if loss.state is State.DIRTY_FILE:
-                self.unheard_of = True
+                self._untold.add(page)
                 # Also a handle that is gone, and whose flush is still under way.
                 self.owed.update(self._flushes)
 

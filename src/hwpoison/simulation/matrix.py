@@ -73,6 +73,8 @@ def again() -> Iterator[Scenario]:
         for operation in operations:
             if operation in TWICE:
                 yield Scenario(kind, (state,), ((operation, 0),), budget=BUDGETS[kind])
+    # What is lost and what can't be written are told one by one.
+    yield Scenario("writable", ("dirty",), (("flush twice", 0), ("report", 0)), budget=BUDGETS["writable"])
 
 
 def two_pages() -> Iterator[Scenario]:

@@ -269,6 +269,11 @@ MUTANTS = (
         "            await writeback.flush(self, mapping)\n        finally:\n            pass\n",
     ),
     Mutant(
+        "an error of writing uses up that of a loss", "Linux 5660e13d2fd6 (one error hid another from who asked)",
+        "a flush that is tried again succeeds although changes are lost", WRITEBACK,
+        "        raise UnwrittenError(\n", "        mapping.error_seen = mapping.errors\n        raise UnwrittenError(\n",
+    ),
+    Mutant(
         "flush says it never", "Linux b4678df184b3 (an error from before was told to nobody)",
         "a flush succeeds although changes are lost", FAILURE,
         "        object_.error_sequence += 1\n    if frame is None:\n", "        pass\n    if frame is None:\n",
@@ -297,6 +302,7 @@ _KNOWN_CELLS = {
     "what was not synced is clean": "writable dirty: flush twice 0",
     "the sync is left out": "writable dirty: read 0, flush 0",
     "only the first owner is told": "anonymous present: read 0, report 0",
+    "an error of writing uses up that of a loss": "writable dirty: flush twice 0, report 0",
     "a flush keeps its reference": "writable dirty: read 0, flush 0",
     "flush says it never": "writable absent: flush 0, report 0",
     "a large frame is believed isolated": "read-only present: hardware 0, collapse 0",

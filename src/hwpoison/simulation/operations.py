@@ -67,6 +67,8 @@ async def _flush(world: World, mapping: Mapping, page: int, data: bytes) -> None
     world.expectation.flush_begins(mapping)
     try:
         await world.manager.flush(mapping)
+    except writeback.UnwrittenError:
+        world.expectation.not_written(mapping)
     except OSError:
         world.expectation.flush_failed(mapping)
     else:
