@@ -75,8 +75,8 @@ def run(
 ) -> Run:
     """Let the choices be made until nothing can happen any more, or something is wrong.
 
-    Whether a state comes again is for who makes the choices to see. Where `alone_max` steps have gone by without one, it is
-    looked for here.
+    Whether a state comes again is for who makes the choices to see. Where `alone_max` steps have gone by without one (0:
+    after every step, for a run that is to be told), it is looked for here.
     """
     world = world or World(scenario, choices, mode)
     loop, expectation = world.loop, world.expectation
