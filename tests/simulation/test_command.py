@@ -21,6 +21,7 @@ def test_a_run_is_told_as_a_story() -> None:
     done = explore("--replay", str(FOUND / "torn-discard.json"))
     assert done.returncode == 0
     assert "read-only absent: discard 0, change 0" in done.stdout
+    assert "When it was found, this did not hold: No page gets content that" in done.stdout
     assert "page 0: poisoned, lost" in done.stdout
     assert done.stdout.endswith("Everything holds.\n")
 
@@ -43,6 +44,7 @@ def test_few_schedules_are_not_all_and_that_is_said() -> None:
     assert document["pairs"] == len(document["cells"])
     assert document["schedules"] == document["pairs"]
     assert not document["complete"]
+    assert {cell["violations"] for cell in document["cells"]} == {0}
     assert "cells" in done.stderr
 
 

@@ -99,6 +99,8 @@ def _replay(path: Path) -> int:
         raise click.UsageError(str(error)) from error
     again = Replay(saved)
     click.echo(f"{saved.scenario} ({saved.mode})")
+    if saved.violation:
+        click.echo(f"When it was found, this did not hold: {saved.violation}")
     try:
         for line in again.story():
             click.echo(line)
@@ -136,7 +138,7 @@ def _exhaustive(mode: Any, matrix: str, misfortunes: bool, limit: int | None, sa
         print_json({
             "mode": mode, "matrix": matrix, "pairs": len(cells), "schedules": schedules, "steps": steps,
             "violations": len(found), "complete": complete == len(cells), "seconds": seconds,
-            "cells": [asdict(cell) for cell in cells],
+            "cells": [asdict(cell) | {"violations": int(cell.violation is not None)} for cell in cells],
         })  # fmt: skip
         return FOUND if found else FINE
     for cell in found:
