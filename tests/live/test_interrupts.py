@@ -123,7 +123,7 @@ def test_an_attachment_that_is_interrupted_anywhere_leaves_no_mapping(manager: h
     times = 0
     for _ in interrupted_everywhere(attach, *codes):
         times += 1
-        assert manager._memories == [table]
+        assert list(manager._open.values()) == [table]
         wait_until(lambda: manager.objects()[0].mappings == 1, "only the first one maps it")
     assert times > 100
     assert [one.read(0, 1) for one in attached] == [b"\0"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
+import os
 import pickle
 import signal
 from collections.abc import Callable
@@ -47,6 +49,31 @@ def test_a_memory_that_is_pickled_within_a_process_comes_by_the_same_connection(
     assert memory.buffer[0] == 7
     assert again.address != memory.address
     assert manager.statistics().clients == 1
+
+
+def _descriptors(memory: hwpoison.Memory) -> tuple[int, int]:
+    memory.read(0, 1)
+    return os.getpid(), len(os.listdir("/proc/self/fd"))
+
+
+def test_a_memory_that_is_passed_with_each_task_of_a_pool_leaves_nothing_behind(manager: hwpoison.Manager) -> None:
+    with manager.allocate(PAGE, "t") as memory, multiprocessing.get_context("spawn").Pool(1) as pool:
+        found = pool.map(_descriptors, [memory] * 50, chunksize=1)
+        # The first ones connect, and open another channel.
+        assert len(set(found[2:])) == 1
+        wait_until(lambda: manager.objects()[0].mappings <= 3, "those of the tasks before are gone")
+
+
+def test_a_memory_that_nobody_has_any_more_is_gone_unless_it_has_views(manager: hwpoison.Manager) -> None:
+    array = manager.allocate(PAGE, "viewed").array("u1")
+    array[0] = 7
+    manager.allocate(PAGE, "dropped").write(0, b"x")
+    gc.collect()
+    wait_until(lambda: [one.name for one in manager.objects()] == ["viewed"], "what nobody has is gone")
+    with pytest.warns(ResourceWarning, match="kept by their views: viewed"):
+        manager.close()
+    assert array[0] == 7
+    assert array[PAGE - 1] == 0
 
 
 def test_a_pickled_memory_never_becomes_another_object_of_its_name(manager: hwpoison.Manager) -> None:

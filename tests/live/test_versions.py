@@ -55,6 +55,32 @@ def test_lost_changes_of_a_client_that_was_killed_are_not_read_as_the_old_conten
         assert manager.open(file, "r").read(0, 4) == b"AAAA"
 
 
+def test_what_one_object_has_lost_is_not_read_from_the_file_as_another(file: Path) -> None:
+    with hwpoison.Manager() as manager:
+        # Three objects over the same file, one of which has only a part of it.
+        late, writer = manager.open(file, name="late"), manager.open(file, "r+", name="writer")
+        other = manager.open(file, "r+", PAGE, PAGE, name="other")
+        old = file.read_bytes()
+        for page in range(2):
+            writer.write(page * PAGE, b"n" * PAGE)
+            manager.inject(writer, page * PAGE)
+        for memory, offset in ((late, 0), (late, PAGE), (other, 0)):
+            with pytest.raises(hwpoison.PoisonError):
+                memory.read(offset, 1)
+            # Also for who accepts what the file holds; it does so by itself.
+            assert memory.discard(offset, 1) == PAGE
+            assert memory.read(offset, 1) == old[:1]
+        reasons = {event.detail for event in manager.events() if event.kind == "error"}
+        assert any("made as 'writer' are lost" in reason for reason in reasons), reasons
+        # What nobody has lost is read as ever, and all of it once the loss is given up.
+        assert late.read(2 * PAGE, 1) == old[:1]
+        writer.discard()
+        again = manager.open(file, name="again")
+        assert again.read(0, 2 * PAGE) == old[: 2 * PAGE]
+        with pytest.raises(OSError, match="were lost"):
+            writer.flush()
+
+
 def test_a_file_that_changed_is_not_opened_as_the_version_that_others_still_use(file: Path) -> None:
     with hwpoison.Manager() as manager:
         before = manager.open(file)

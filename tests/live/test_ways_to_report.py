@@ -10,11 +10,24 @@ import pytest
 
 import hwpoison
 from hwpoison import State
-from tests.live.frames import PAGE, frame_at
+from tests.live.frames import PAGE, can_see_frames, frame_at
 from tests.live.process import Child
 from tests.live.reading import touch
 
 MakeFile = Callable[..., Path]
+
+
+@pytest.mark.skipif(not can_see_frames(), reason="needs root: frames are hidden from others")
+def test_a_frame_is_found_beside_a_huge_object_that_is_nearly_empty(manager: hwpoison.Manager) -> None:
+    huge, memory = manager.allocate(1 << 44, "huge"), manager.allocate(PAGE, "t")
+    for offset in (0, 1 << 43, huge.nbytes - PAGE):
+        huge.buffer[offset] = 1
+    touch(memory)
+    failure = manager.report(pfn=frame_at(memory.address))
+    assert (failure.name, failure.state) == ("t", State.ANONYMOUS)
+    failure = manager.report(pfn=frame_at(huge.address + (1 << 43)))
+    assert (failure.name, failure.offset) == ("huge", 1 << 43)
+    assert manager.report(pfn=1).name is None
 
 
 def test_a_page_is_reached_by_name_and_by_the_address_of_any_of_its_mappings(manager: hwpoison.Manager) -> None:

@@ -77,14 +77,13 @@ def test_run_gives_its_command_a_manager_that_ends_with_it() -> None:
 SIGNALLED = """if True:
     # Tells each signal, to the last, which is named by the argument.
     import signal, sys
-    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+    names = "SIGINT SIGTERM SIGHUP SIGQUIT SIGUSR1 SIGUSR2 SIGALRM SIGWINCH SIGURG SIGIO SIGRTMIN SIGRTMAX".split()
     numbers = {signal.Signals[name] for name in names}
     signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-    signal.alarm(60)
     print("ready", flush=True)
     name = ""
     while name != sys.argv[1]:
-        name = signal.Signals(signal.sigwait(numbers)).name
+        name = signal.Signals(signal.sigtimedwait(numbers, 60).si_signo).name
         print(name, flush=True)
 """
 
@@ -93,7 +92,8 @@ SIGNALLED = """if True:
 def test_run_passes_signals_on() -> None:
     with started("run", "--", sys.executable, "-c", SIGNALLED, "SIGUSR2") as running:
         assert next_line(running) == "ready"
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2"):
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGALRM", "SIGWINCH", "SIGURG", "SIGIO",
+                     "SIGRTMIN", "SIGRTMAX", "SIGUSR2"):  # fmt: skip
             running.send_signal(signal.Signals[name])
             assert next_line(running) == name
         assert running.wait(SECONDS_MAX) == 0

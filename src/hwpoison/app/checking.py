@@ -6,6 +6,8 @@ import operator
 from collections.abc import Iterable
 from typing import SupportsIndex
 
+import numpy
+
 from hwpoison.core.machine import Content
 
 
@@ -23,6 +25,13 @@ def not_negative(what: str, number: SupportsIndex) -> int:
     if checked < 0:
         raise ValueError(f"{what} {checked}: must be 0 or more")
     return checked
+
+
+def true_or_false(what: str, value: object) -> bool:
+    """`value` as a bool, numpy's too. Raises TypeError: what only counts as true may be an argument in the wrong place."""
+    if not isinstance(value, (bool, numpy.bool_)):
+        raise TypeError(f"{what} is True or False, not {type(value).__name__} {value!r:.40}")
+    return bool(value)
 
 
 def shape_of(shape: int | Iterable[SupportsIndex]) -> tuple[int, ...]:

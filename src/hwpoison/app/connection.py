@@ -42,11 +42,12 @@ class Descriptor:
 class Watch(weakref.ref[mmap.mmap]):
     """Sees the end of a mapping. What is done then must be one call into C, which no signal handler can interrupt."""
 
-    __slots__ = ("number",)
+    __slots__ = ("name", "number")
     __hash__ = object.__hash__
     __eq__ = object.__eq__
 
     number: int
+    name: str
 
 
 class Connection:
@@ -206,11 +207,24 @@ class Connection:
             # It could not take the descriptor, or has closed the connection: it says so where it was asked.
             return protocol.receive_reply(self._control)[0]
 
-    def watch_mapping(self, mapping: mmap.mmap) -> int:
+    def write_back_forgotten(self) -> list[str]:
+        """The names of memories of which nothing is left but views, and their changes are in their files."""
+        forgotten = []
+        for watch in list(self._watched.values()):
+            mapping = watch()
+            if mapping is not None and not mapping.closed:
+                forgotten.append(watch.name)
+                with suppress(OSError):
+                    # What it has to tell is for who has the memory, and nobody has.
+                    self.request(protocol.Flush(watch.number, 0), protocol.Flushed)
+        return forgotten
+
+    def watch_mapping(self, mapping: mmap.mmap, name: str) -> int:
         """A number for `mapping`, which is about to be made known. When it is gone, the manager is told with the next
         request."""
         watch = Watch(mapping, self._unmapped.append)
         watch.number = next(self._numbers)
+        watch.name = name
         self._watched[watch.number] = watch
         return watch.number
 

@@ -21,7 +21,7 @@ from typing import Literal, Self
 
 from hwpoison import events as event_log
 from hwpoison import protocol
-from hwpoison.app.checking import not_negative, text, whole
+from hwpoison.app.checking import not_negative, text, true_or_false, whole
 from hwpoison.app.connection import Connection, Descriptor
 from hwpoison.app.memory import Memory
 from hwpoison.app.notices import Notices
@@ -47,7 +47,8 @@ class BaseManager:
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self.notices = Notices(connection)
-        self._memories: list[Memory] = []
+        self._open: weakref.WeakValueDictionary[int, Memory] = weakref.WeakValueDictionary()
+        """By their ids. A memory that nobody has any more goes with its mapping, unless that has views."""
         _managers.add(self)
 
     @property
@@ -114,13 +115,12 @@ class BaseManager:
         try:
             memory = self._mapped(channel, message, fds)
             self.connection.give_back(channel)
-            self._memories.append(memory)
+            self._open[id(memory)] = memory
         except BaseException:
             if memory is None:
                 channel.close()
             else:
-                with suppress(ValueError):
-                    self._memories.remove(memory)
+                self._open.pop(id(memory), None)
             raise
         return memory
 
@@ -136,8 +136,7 @@ class BaseManager:
     def _forget(self, memory: Memory) -> None:
         """It was closed."""
         self.notices.forget(memory)
-        with suppress(ValueError):
-            self._memories.remove(memory)
+        self._open.pop(id(memory), None)
 
     # --- failures
 
@@ -150,6 +149,7 @@ class BaseManager:
         an unknown name, ValueError for an offset outside.
         """
         offset = not_negative("offset", offset)
+        action_required = true_or_false("action_required", action_required)
         return self._report(
             Report(name=self._name(memory), offset=offset, source=Source.INJECTED, action_required=action_required)
         )
@@ -179,6 +179,7 @@ class BaseManager:
         for what, number in {"offset": offset, "pfn": pfn, "physical": physical, "pid": pid, "address": address}.items():
             if number is not None:
                 not_negative(what, number)
+        action_required = true_or_false("action_required", action_required)
         if not isinstance(source, str):
             raise TypeError(f"source is a str, not {type(source).__name__}")
         text("source", source)
@@ -242,7 +243,7 @@ class BaseManager:
             return
         kept = []
         errors: list[tuple[str, OSError]] = []
-        for memory in list(self._memories):
+        for memory in list(self._open.values()):
             try:
                 memory.close()
             except BufferError:
@@ -253,6 +254,8 @@ class BaseManager:
                     errors.append((memory.name, error))
             except OSError as error:
                 errors.append((memory.name, error))
+        memory = None
+        kept += [name for name in self.connection.write_back_forgotten() if name not in kept]
         if kept:
             warnings.warn(f"still in use, kept by their views: {', '.join(kept)}", ResourceWarning, stacklevel=3)
             atexit.register(self.connection.abandon)

@@ -65,7 +65,8 @@ class Memory:
 
     The object lives as long as a process has it open. With the last one it is gone: anonymous memory is freed, changes to
     a file are written back. They are written at `flush` and `close` too, and at any time under a memory limit, in no
-    particular order. In a forked child an ordinary view is a SIGSEGV, and all else a ConnectionError.
+    particular order. A memory that nobody refers to any more is unmapped, unless it has views, as if it was closed; what
+    `flush` would raise is not heard then. In a forked child an ordinary view is a SIGSEGV, and all else a ConnectionError.
     """
 
     def __init__(self, manager: BaseManager, found: protocol.Found, descriptor: Descriptor, channel: socket.socket) -> None:
@@ -128,7 +129,7 @@ class Memory:
             userfaultfd.protect(opened.number, address, len(mapping), on=True)
         _mapped[Watch(mapping, _mapped.pop)] = address, len(mapping)
         # Before it is known: if this is interrupted, the manager may know it and we may not.
-        number = self._connection.watch_mapping(mapping)
+        number = self._connection.watch_mapping(mapping, self.name)
         request = protocol.Map(self._found.object, address, number, guarded)
         if channel is None:
             return number, self._ask(request, protocol.Mapped)

@@ -16,10 +16,21 @@ NOT_FOUND = 127
 KILLED = 128
 """Exit statuses as shells have them; a signal's number is added to the last."""
 
-PASSED_ON = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
 STOPPING = {signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU}
 """By which a shell's job control stops a command."""
-WAITED_FOR = PASSED_ON | {signal.SIGCHLD, signal.SIGTSTP, signal.SIGCONT}
+OURS = {
+    signal.SIGSEGV,
+    signal.SIGBUS,
+    signal.SIGFPE,
+    signal.SIGILL,
+    signal.SIGTRAP,
+    signal.SIGSYS,
+    signal.SIGABRT,
+    signal.SIGPIPE,
+}
+"""By which the system tells a program of what it has done itself."""
+WAITED_FOR = signal.valid_signals() - OURS - {signal.SIGKILL, signal.SIGSTOP, signal.SIGTTIN, signal.SIGTTOU}
+"""All that are passed on, but for SIGCHLD, which is about the command."""
 SI_KERNEL = 0x80
 """The `si_code` of a signal from the terminal. The command, which is in our process group, has it too."""
 

@@ -6,6 +6,7 @@ They decide nothing. What can be done with them is in the files beside; `core.ma
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Coroutine, Iterator
 from typing import Any
 
@@ -40,6 +41,8 @@ class Books:
         self.memory_limit = memory_limit
         limit = None if memory_limit is None else max(1, memory_limit // machine.page_size)
         self.reclaim = Reclaim(self.objects, self.statistics, limit)
+        self.lost_changes: Counter[tuple[int, int]] = Counter()
+        """How many pages of each file (device, inode) are lost with changes that it does not have."""
         self._instance = instance
         self._events = 0
         self._numbers = 0
@@ -74,6 +77,20 @@ class Books:
             # Where an object was, there may be another one by now.
             if not any(one.closed for one in objects):
                 return None if found is None else (objects[found[0]], found[1])
+
+    def lost_elsewhere(self, object_: MemoryObject, offset: int, nbytes: int) -> MemoryObject | None:
+        """An object other than this one, over the same file, that has lost changes to these bytes of the file."""
+        backing = object_.backing
+        assert backing is not None
+        if not self.lost_changes[backing.place]:
+            return None
+        for other in self.objects():
+            if other is not object_ and other.backing is not None and other.backing.place == backing.place:
+                begin = max(offset - other.backing.offset, 0)
+                end = min(offset + nbytes - other.backing.offset, other.nbytes)
+                if begin < end and other.lost_changes_within(*other.pages_of(begin, end - begin)):
+                    return other
+        return None
 
     def zeros(self, count: int) -> memoryview:
         """The content of `count` fresh anonymous pages."""

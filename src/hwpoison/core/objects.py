@@ -159,6 +159,10 @@ class MemoryObject:
         """True if something is lost that the file does not have."""
         return any(loss.state is State.DIRTY_FILE for loss in self.losses.values())
 
+    def lost_changes_within(self, first: int, count: int) -> bool:
+        """As `lost_changes`, of these pages."""
+        return any(first <= page < first + count and loss.state is State.DIRTY_FILE for page, loss in self.losses.items())
+
     def is_present(self, page: int) -> bool:
         return bool(self.pages.flags[page] & PRESENT)
 

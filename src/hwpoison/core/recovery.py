@@ -35,7 +35,7 @@ async def read_in(books: Books, object_: MemoryObject, first: int, count: int) -
         if object_.backing is None:
             content: Content = books.zeros(count)
         else:
-            content = await _read_version(object_, first, count)
+            content = await _read_version(books, object_, first, count)
             books.statistics.pages_read += count
         await _publish(books, object_, first, count, content)
 
@@ -99,11 +99,16 @@ async def _publish(books: Books, object_: MemoryObject, first: int, count: int, 
     object_.pages.arrived(first, count, books.reclaim.arrived(object_, count), flags)
 
 
-async def _read_version(object_: MemoryObject, first: int, count: int) -> Content:
+async def _read_version(books: Books, object_: MemoryObject, first: int, count: int) -> Content:
     """What the file holds, in the version that the object shows, in whole pages."""
     backing = object_.backing
     assert backing is not None
     offset, nbytes = backing.offset + first * object_.page_size, object_.nbytes_of(first, count)
+    if (other := books.lost_elsewhere(object_, offset, nbytes)) is not None:
+        raise UnreadableError(
+            f"changes to these bytes of the file that were made as {other.name!r} are lost: repair() and flush() them "
+            "there, or discard() them, then discard() here"
+        )
     try:
         content = await _read_unchanged(backing, offset, nbytes)
         if content is None:
@@ -187,8 +192,9 @@ def lose(books: Books, object_: MemoryObject, page: int, loss: Loss) -> tuple[in
     object_.pages.set(LOST, page)
     object_.pages.set(POISONED, page)
     object_.losses[page] = loss
-    if loss.state is State.DIRTY_FILE:
+    if loss.state is State.DIRTY_FILE and object_.backing is not None:
         object_.untold.add(page)
+        books.lost_changes[object_.backing.place] += 1
     return tell_owners(books, object_, page, loss)
 
 
@@ -293,6 +299,8 @@ async def _revive_locked(books: Books, object_: MemoryObject, page: int, content
     object_.store.publish(page, content)
     loss = object_.losses.pop(page)
     object_.untold.discard(page)
+    if loss.state is State.DIRTY_FILE and object_.backing is not None:
+        books.lost_changes[object_.backing.place] -= 1
     object_.pages.clear(LOST | POISONED, page)
     object_.pages.arrived(page, 1, books.reclaim.arrived(object_, 1), dirty)
     for mapping in object_.mappings.covering(page):

@@ -11,6 +11,7 @@ import asyncio
 import errno
 import mmap
 import os
+from collections.abc import Iterator
 from concurrent.futures import Executor
 from contextlib import suppress
 
@@ -96,7 +97,8 @@ class LinuxStore:
             self._map()
         except (OSError, OverflowError) as error:
             self.close()
-            raise MemoryError(f"the system gives no object of {nbytes} bytes: {error}") from error
+            why = error.strerror if isinstance(error, OSError) else "no file can have so many"
+            raise MemoryError(f"the system gives no object of {nbytes} bytes: {why}") from error
 
     def _map(self) -> None:
         """Map and register, in place of what was mapped before: which gives its page tables back."""
@@ -186,10 +188,12 @@ class LinuxStore:
         pagemap = self._pagemap
         if pagemap is None or not number:
             return None
-        for first in range(0, self._pages, SEARCHED_PAGES):
-            found = pagemap.find(number, self._address_of(first), min(SEARCHED_PAGES, self._pages - first))
-            if found is not None:
-                return first + found
+        # Of a large object that is nearly empty there is little to look at.
+        for begin, length in self._with_memory():
+            for first in range(begin, begin + length, SEARCHED_PAGES):
+                found = pagemap.find(number, self._address_of(first), min(SEARCHED_PAGES, begin + length - first))
+                if found is not None:
+                    return first + found
         # Present pages may be missing in our page table: it was given back.
         for begin, length in runs():
             for first in range(begin, begin + length, SEARCHED_PAGES):
@@ -202,6 +206,14 @@ class LinuxStore:
                 if found is not None:
                     return first + found
         return None
+
+    def _with_memory(self) -> Iterator[tuple[int, int]]:
+        """(first, count) of the runs of pages that the memfd has."""
+        begin = self._first_present(0)
+        while begin < self._pages:
+            end = min(os.lseek(self.fd, begin * PAGE_SIZE, os.SEEK_HOLE) // PAGE_SIZE, self._pages)
+            yield begin, end - begin
+            begin = self._first_present(end) if end < self._pages else end
 
     def searched(self) -> None:
         """After `find`, on the event loop: give back the page tables that it has made."""
