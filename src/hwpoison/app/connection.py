@@ -207,17 +207,10 @@ class Connection:
             # It could not take the descriptor, or has closed the connection: it says so where it was asked.
             return protocol.receive_reply(self._control)[0]
 
-    def write_back_forgotten(self) -> list[str]:
-        """The names of memories of which nothing is left but views, and their changes are in their files."""
-        forgotten = []
-        for watch in list(self._watched.values()):
-            mapping = watch()
-            if mapping is not None and not mapping.closed:
-                forgotten.append(watch.name)
-                with suppress(OSError):
-                    # What it has to tell is for who has the memory, and nobody has.
-                    self.request(protocol.Flush(watch.number, 0), protocol.Flushed)
-        return forgotten
+    def mapped(self) -> list[str]:
+        """The names of memories that are mapped, those too of which nothing is left but views."""
+        mappings = [(watch.name, watch()) for watch in list(self._watched.values())]
+        return [name for name, mapping in mappings if mapping is not None and not mapping.closed]
 
     def watch_mapping(self, mapping: mmap.mmap, name: str) -> int:
         """A number for `mapping`, which is about to be made known. When it is gone, the manager is told with the next

@@ -254,8 +254,7 @@ class BaseManager:
                     errors.append((memory.name, error))
             except OSError as error:
                 errors.append((memory.name, error))
-        memory = None
-        kept += [name for name in self.connection.write_back_forgotten() if name not in kept]
+        kept += [name for name in self.connection.mapped() if name not in kept]
         if kept:
             warnings.warn(f"still in use, kept by their views: {', '.join(kept)}", ResourceWarning, stacklevel=3)
             atexit.register(self.connection.abandon)
