@@ -29,7 +29,7 @@ def place(address: int) -> tuple[mmap.mmap, int]:
     return mappings[base], address - base
 
 
-def map_memory(fds: list[int], nbytes: int, *, private: bool, protected: bool) -> int:
+def map_memory(fds: list[int], nbytes: int, *, private: bool, protected: bool, registered: bool) -> int:
     if private:
         mapping = mmap.mmap(fds[0], nbytes, mmap.MAP_PRIVATE, mmap.PROT_READ)
     else:
@@ -37,7 +37,8 @@ def map_memory(fds: list[int], nbytes: int, *, private: bool, protected: bool) -
     mapping.madvise(syscalls.MADV_NOHUGEPAGE)
     address = syscalls.address_of(mapping)
     mode = userfaultfd.MODE_MISSING | (userfaultfd.MODE_WRITE_PROTECT if protected else 0)
-    userfaultfd.register(opened.fd, address, nbytes, mode)
+    if registered:
+        userfaultfd.register(opened.fd, address, nbytes, mode)
     if protected:
         userfaultfd.protect(opened.fd, address, nbytes, on=True)
     mappings[address] = mapping

@@ -65,11 +65,11 @@ class LinuxClient:
             raise ClientDiedError(await self.end())
         return cast(dict[str, Any], json.loads(data))
 
-    async def map(self, store: Store, *, private: bool = False, protected: bool = False) -> int:
+    async def map(self, store: Store, *, private: bool = False, protected: bool = False, registered: bool = True) -> int:
         memory = cast(LinuxStore, store)
         fd = memory.read_only_fd() if private else os.dup(memory.fd)
         nbytes = os.fstat(fd).st_size
-        answer = await self._ask("map", (fd,), nbytes=nbytes, private=private, protected=protected)
+        answer = await self._ask("map", (fd,), nbytes=nbytes, private=private, protected=protected, registered=registered)
         os.close(fd)
         return int(answer["address"])
 

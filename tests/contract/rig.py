@@ -40,9 +40,9 @@ class ClientRig(Protocol):
     def thread(self) -> int:
         """The thread that does everything."""
 
-    async def map(self, store: Store, *, private: bool = False, protected: bool = False) -> int:
-        """Map the whole object, registered; its address. `private`: and read-only, else shared and writable.
-        `protected`: first writes are faults, on all its pages."""
+    async def map(self, store: Store, *, private: bool = False, protected: bool = False, registered: bool = True) -> int:
+        """Map the whole object; its address. `private`: and read-only, else shared and writable. `protected`: first writes
+        are faults, on all its pages. Without `registered` nobody is asked about absent pages."""
 
     async def load(self, address: int) -> int:
         """Read one byte."""

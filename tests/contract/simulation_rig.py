@@ -58,8 +58,9 @@ class SimulatedClient:
         if self._process.signalled and self._process.disposition is Telling.FATAL:
             self._process.die(signal.SIGBUS)
 
-    async def map(self, store: Store, *, private: bool = False, protected: bool = False) -> int:
-        return self._process.map(cast(SimulatedStore, store), private=private, protected=protected).address
+    async def map(self, store: Store, *, private: bool = False, protected: bool = False, registered: bool = True) -> int:
+        memory = cast(SimulatedStore, store)
+        return self._process.map(memory, private=private, protected=protected, registered=registered).address
 
     async def load(self, address: int) -> int:
         try:

@@ -291,3 +291,15 @@ async def test_a_process_is_killed_whatever_it_does(rig: Rig, store: Store, page
     with pytest.raises(ClientDiedError) as died:
         await reading
     assert died.value.number == signal.SIGKILL
+
+
+async def test_who_is_not_registered_makes_pages_of_zeros_for_everybody(rig: Rig, machine: Machine) -> None:
+    """Why a client gets memory only together with its registration (linux-facts 4)."""
+    store = machine.create("object", 2 * machine.page_size)
+    stray, client = await rig.client(), await rig.client()
+    elsewhere, address = await stray.map(store, registered=False), await client.map(store)
+    assert await stray.load(elsewhere) == 0
+    assert store.present(0)
+    assert not store.present(1)
+    assert await client.load(address) == 0
+    store.close()

@@ -36,6 +36,38 @@ def test_a_run_that_diverges_is_neither_a_pass_nor_a_failure(tmp_path: Path) -> 
     assert "diverged at choice 1" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("scenario", "text"),
+    [
+        (
+            {"kind": "anonymous", "states": ["absent"], "operations": [["truncate", 0]]},
+            "no 'truncate' of a anonymous object",
+        ),
+        ({"kind": "anonymous", "states": ["absent"], "operations": [], "worker": [5]}, "a worker on pages (5,) of 1"),
+        ({"kind": "read-only", "states": ["lost"], "operations": [["repair", 0]]}, "no 'repair' of a read-only object"),
+        ({"kind": "writable", "states": ["lost"], "operations": [], "budget": [["luck", 1]]}, "a budget for luck"),
+        ({"kind": "writable", "states": ["lost"], "operations": [], "sigbus": "odd"}, "a SIGBUS that is 'odd'"),
+        (
+            {"kind": "anonymous", "states": ["present"], "operations": [], "clients": [[["close", 0], ["close", 0]]]},
+            "what can't be",
+        ),
+    ],
+)
+def test_a_run_of_what_there_is_not_is_refused_in_one_line(tmp_path: Path, scenario: dict[str, object], text: str) -> None:
+    path = tmp_path / "run.json"
+    document = {"format": 1, "scenario": scenario, "mode": "quiet", "choices": [], "names": [], "violation": ""}
+    path.write_text(json.dumps(document))
+    done = explore("--replay", str(path))
+    assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1), done.stderr
+    assert text in done.stderr
+
+
+def test_a_place_that_can_hold_no_runs_is_refused_before_the_work() -> None:
+    done = explore("--exhaustive", "--limit", "1", "--save", "/dev/null/runs")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "can't be a folder to save runs in" in done.stderr
+
+
 def test_few_schedules_are_not_all_and_that_is_said() -> None:
     done = explore("--exhaustive", "--limit", "1", "--json")
     assert done.returncode == 0, done.stderr

@@ -107,6 +107,9 @@ def _replay(path: Path) -> int:
     except DivergedError as error:
         click.echo(f"hwpoison: {error}", err=True)
         return USAGE
+    except (AssertionError, LookupError, ValueError) as error:
+        # The world itself: what happens in it can't happen to what there is, a client that closes twice for instance.
+        raise click.UsageError(f"{path} tells of what can't be: {error!r}") from error
     click.echo(again.violation or "Everything holds.")
     return FOUND if again.violation else FINE
 
@@ -116,6 +119,7 @@ def _exhaustive(mode: Any, matrix: str, misfortunes: bool, limit: int | None, sa
 
     if misfortunes and matrix != "pairs":
         raise click.UsageError("--misfortunes goes with the matrix of pairs")
+    _make(save)
     scenarios = list(pairs(misfortunes=misfortunes) if matrix == "pairs" else MATRICES[matrix]())
     started = time.monotonic()
     counted = [0, 0]
@@ -130,7 +134,7 @@ def _exhaustive(mode: Any, matrix: str, misfortunes: bool, limit: int | None, sa
     cells = explore_all(scenarios, mode, schedules_max=limit, progress=progress)
     seconds = time.monotonic() - started
     found = [cell for cell in cells if cell.violation is not None]
-    if save is not None:
+    if save is not None and found:
         _save(cells, scenarios, mode, save)
     schedules, steps = sum(cell.schedules for cell in cells), sum(cell.steps for cell in cells)
     complete = sum(cell.complete for cell in cells)
@@ -154,10 +158,18 @@ def _exhaustive(mode: Any, matrix: str, misfortunes: bool, limit: int | None, sa
     return _holds(len(found))
 
 
+def _make(save: Path | None) -> None:
+    """Before all the work, whose result would have no place. Raises UsageError."""
+    if save is not None:
+        try:
+            save.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise click.UsageError(f"{save} can't be a folder to save runs in: {error.strerror}") from error
+
+
 def _save(cells: list[Cell], scenarios: list[Any], mode: Any, folder: Path) -> None:
     from hwpoison.simulation.runs import named
 
-    folder.mkdir(parents=True, exist_ok=True)
     for number, (cell, scenario) in enumerate(zip(cells, scenarios, strict=True)):
         if cell.violation is not None:
             named(scenario, mode, tuple(cell.violation.choices)).save(folder / f"{number}.json")
@@ -166,6 +178,7 @@ def _save(cells: list[Cell], scenarios: list[Any], mode: Any, folder: Path) -> N
 def _seeded(seed: int, runs: int, mode: Any, save: Path | None, as_json: bool) -> int:
     from hwpoison.simulation.seeded import run_many, shrink_failed
 
+    _make(save)
     started = said = time.monotonic()
 
     def progress(done: Done) -> None:
@@ -181,7 +194,6 @@ def _seeded(seed: int, runs: int, mode: Any, save: Path | None, as_json: bool) -
     rate = done.schedules / done.seconds
     shrunk = shrink_failed(done.failed, mode)
     if save is not None and shrunk:
-        save.mkdir(parents=True, exist_ok=True)
         for one, again in shrunk:
             again.save(save / f"seed-{one.seed}.json")
     if as_json:
@@ -217,7 +229,8 @@ def _mutants(limit: int | None, as_json: bool) -> int:
         if as_json:
             click.echo(f"{len(hunts)} mutants, {one.name}: {'caught' if one.caught else 'NOT CAUGHT'}", err=True)
         if not as_json:
-            how = f"{one.cell} after {one.schedules:,} schedules of {one.total:,}: {one.sentence}"
+            where = f" in batch, as {one.why_batch}" if one.why_batch else ""
+            how = f"{one.cell}{where} after {one.schedules:,} schedules of {one.total:,}: {one.sentence}"
             click.echo(f"{one.name}: {how if one.caught else 'NOT CAUGHT'}")
     missed = [one for one in hunts if not one.caught]
     if as_json:

@@ -10,6 +10,7 @@ from collections.abc import Coroutine, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hwpoison.core import policy
+from hwpoison.core.machine import Telling
 from hwpoison.core.mappings import Client, Mapping
 from hwpoison.core.records import Report
 from hwpoison.simulation.choices import Event, Happening
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from hwpoison.simulation.world import World
 
 
-ACCESSES = ("read", "write", "look")
-"""Steps that touch memory. `look` reads through a guarded view."""
+ACCESSES = ("read", "write", "look", "call")
+"""Steps that touch memory. `look` reads through a guarded view, `call` by a system call of a process in user mode."""
 
 
 class Agent:
@@ -33,6 +34,7 @@ class Agent:
         self.world = world
         self.name = name
         self.process: Process = world.machine.process(name)
+        self.process.disposition = Telling(world.scenario.sigbus)
         self.client: Client = world.manager.add_client(self.process.space)
         self.script = list(script)
         self.at = 0
@@ -127,6 +129,9 @@ class Agent:
     def _access(self, step: Step) -> None:
         assert self.area is not None
         world, page = self.world, step.page
+        if step.kind == "call":
+            self._call(page)
+            return
         try:
             found = self.process.touch(self.area, page, (lambda _: step.data) if step.kind == "write" else None)
         except Sigbus:
@@ -141,6 +146,17 @@ class Agent:
         else:
             assert self.guard is not None
             self.guard.looked(page, found)
+        self.at += 1
+
+    def _call(self, page: int) -> None:
+        """Where the manager would have to be asked, it fails with EFAULT."""
+        assert self.area is not None
+        try:
+            self.world.expectation.read(self.name, page, self.process.copy(self.area, page))
+        except OSError:
+            present = self.world.store.pages[page]
+            if present is not None and not present.bad and page not in self.world.object.losses:
+                self.world.expectation.in_vain(self.name, page, self.area.entries.get(page, ("", False))[0])
         self.at += 1
 
     def _refused(self, page: int, *, sent: bool = False) -> None:

@@ -34,6 +34,9 @@ class Hunt:
     schedules: int
     total: int
     sentence: str
+    mode: str
+    why_batch: str
+    """Why it is not caught in quiet mode; empty if it is."""
 
 
 def hunt_all(schedules_max: int | None = None) -> Iterator[Hunt]:
@@ -60,18 +63,17 @@ def hunt(name: str, schedules_max: int | None = None) -> Hunt:
     total = 0
     with planted(wanted):
         from hwpoison.simulation.explore import explore  # noqa: PLC0415  (with the mutant in it)
-        from hwpoison.simulation.matrix import again, pairs, two_pages  # noqa: PLC0415
+        from hwpoison.simulation.matrix import apart, pairs, two_pages  # noqa: PLC0415
 
-        scenarios = [*pairs(misfortunes=True), *again(), *two_pages()]
+        scenarios = [*pairs(misfortunes=True), *apart(), *two_pages()]
         for scenario in sorted(scenarios, key=lambda one: not str(one).startswith(wanted.hint)):
             cell = explore(scenario, wanted.mode, schedules_max=schedules_max)
             gc.collect()
             total += cell.schedules
             if cell.violation is not None:
-                return Hunt(
-                    name, wanted.source, wanted.what, True, str(scenario), cell.schedules, total, cell.violation.sentence
-                )
-    return Hunt(name, wanted.source, wanted.what, False, "", 0, total, "")
+                found = True, str(scenario), cell.schedules, total, cell.violation.sentence
+                return Hunt(name, wanted.source, wanted.what, *found, wanted.mode, wanted.why_batch)
+    return Hunt(name, wanted.source, wanted.what, False, "", 0, total, "", wanted.mode, wanted.why_batch)
 
 
 COMPARED = (

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 from hwpoison.core.locks import RangeLocks
 from hwpoison.core.mappings import Client, Mapping
+from hwpoison.core.objects import Loss
 from hwpoison.core.pages import DIRTY, LOST, POISONED, PRESENT, WRITEBACK
 from hwpoison.core.records import Failure, Notice, Outcome, State
-from hwpoison.simulation.memory import PAGE, SimulatedStore
+from hwpoison.simulation.memory import HWPOISON, PAGE, POISON, SimulatedStore
 from hwpoison.simulation.processes import Process
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class Expectation:
         """What had gone wrong when last nothing was under way, and how much of that was a sync."""
         self._told_of: dict[Mapping, int] = {}
         """Of how many syncs that failed before a handle's next flush it can't be told any more."""
+        self.struck: set[int] = set()
+        """Pages that somebody has said are bad, or that are."""
         self._reviving: list[int] = [0] * count
         self._reporting: list[int] = [0] * count
 
@@ -220,13 +223,26 @@ class Expectation:
         lost_it = failure.outcome is Outcome.RECOVERED and failure.state in (State.DIRTY_FILE, State.ANONYMOUS)
         if lost_it and (loss is None or loss.event_id != failure.event_id):
             self.fail(f"A failure that lost something is the loss's: {failure.event_id}, page {page}.")
+        # A large frame that is given up is lost too, though the outcome is another.
+        lost_it = lost_it or (loss is not None and loss.event_id == failure.event_id)
         owners = tuple(sorted(agent.process.pid for agent in self.world.agents if agent.owns))
         if lost_it and failure.victims != owners:
             self.fail(f"The victims of a failure are the owners: {failure.victims} and not {owners}, page {page}.")
 
+    def frame_handled(self, number: int, failure: Failure) -> None:
+        """A report that has named a frame was handled."""
+        if failure.outcome is Outcome.RECOVERED and not self.world.machine.quarantine[number]:
+            self.fail(f"A frame that is said to be isolated is in quarantine: frame {number}.")
+
+    def in_vain(self, who: str, page: int, entry: str) -> None:
+        """A system call has failed at a page that is there."""
+        if entry not in (POISON, HWPOISON):
+            self.fail(f"No system call fails at a page that is there: {who}, page {page}.")
+
     @contextmanager
     def reporting(self, page: int) -> Iterator[list[Failure]]:
         """A report by name is handled: its failure is put into the list."""
+        self.struck.add(page)
         busy = self._reporting[page]
         self._reporting[page] += 1
         found: list[Failure] = []
@@ -361,6 +377,7 @@ class Expectation:
                 continue
             self._losses.add(key)
             self.world.touched(page)
+            self._look_at_loss(page, loss)
             # Who they are is known from the processes, not from the manager.
             for agent in self.world.agents:
                 if not agent.owns:
@@ -373,6 +390,23 @@ class Expectation:
                 self._untold.add(page)
                 # Also a handle that is gone, and whose flush is still under way.
                 self.owed.update(self._flushes)
+
+    def _look_at_loss(self, page: int, loss: Loss) -> None:
+        """Nothing is declared lost that could be had back; a large frame that can't be split takes what is beside."""
+        world = self.world
+        if loss.outcome is Outcome.FAILED or world.disk is None:
+            return
+        if loss.state is State.DIRTY_FILE:
+            # Where a process has written, or is about to, the page counts as changed before it is; and its neighbours.
+            touched = any(step.kind == "write" for agent in world.agents for step in agent.script[: agent.at + 1])
+            newer = not self.history[page][-1] == self._on_disk(page) == self._durable(page)
+            if not (newer or touched or self._may[page] or self._dirty or self.foreign or world.loop.time()):
+                self.fail(f"Nothing is lost that the file has: page {page}.")
+        else:
+            wrong = world.machine.went_wrong
+            # A file that others have changed anywhere is another version of all its pages.
+            if not (self.foreign or wrong["read fails"] or wrong["write fails"]):
+                self.fail(f"Nothing is lost that the file has, and that can be read: page {page}.")
 
     def _check_quarantine(self) -> None:
         machine = self.world.machine
@@ -440,7 +474,9 @@ class Expectation:
             self.fail("The reverse map has the mappings that there are, and no other.")
         if object_.references != len(owners):
             self.fail(f"The references to an object balance: {object_.references} for {len(owners)} mappings.")
-        unwritten = object_.closed and any("changes are lost" in event.detail for event in world.events)
+        unwritten = object_.closed and bool(self._gone_wrong()[0] or self.foreign)
+        if world.store.transit:
+            self.fail(f"Every frame that was taken out is held, or given back: frame {world.store.transit[0].number}.")
         for page in range(object_.pages.count):
             flags = object_.pages.flags[page]
             if flags & WRITEBACK or (flags & POISONED and not flags & LOST):

@@ -12,6 +12,8 @@ The fault model: what may fail, where, when, and what the system owes in return.
 * A file operation takes any time. A read or write may fail, a write half way; others may change the file at any moment, also
   while it is read: then the first half of what was read is older than the second. Owed: never a mix of versions.
 * An ioctl on a client's address space takes any time, and takes effect at its end.
+* The kernel moves a page that is well to another frame at any moment (9). Owed: what was reported by the number of its old
+  frame is not done to it.
 * A punch removes a page from everybody's page table. It may take markers of write protection with it (linux-facts 15). In a
   large frame it empties the page in place and removes nothing (11), which is seen before (the manager is root).
 * Who touches an absent page sleeps, and the manager is told, once, in any order with what others do. A wake lets it try.
@@ -179,9 +181,10 @@ class SimulatedMachine:
         self._inodes += 1
         return Disk(name, self._inodes, content, cached=cached, writable=writable)
 
-    def new_page(self, content: bytes) -> SimulatedPage:
-        """The frame that went back last is given out first: who lets go of a bad one gets it again."""
-        if self.free:
+    def new_page(self, content: bytes, *, other: bool = False) -> SimulatedPage:
+        """The frame that went back last is given out first: who lets go of a bad one gets it again. `other`: one that nobody
+        has had."""
+        if self.free and not other:
             number = self.free.pop()
             return SimulatedPage(number, content, number in self.bad)
         self._frames += 1

@@ -36,8 +36,11 @@ BUDGETS: dict[str, tuple[tuple[str, int], ...]] = {
 """What may go wrong beside the operations, and how often in a run."""
 VARIANTS = ("request to write half of", "hardware", "change", "collapse")
 """Operations that differ little from others. They are left out where time is short, with what little a cached file adds."""
-TWICE = ("read guarded twice", "flush twice")
-"""Operations done again by the same client: explored by themselves."""
+APART = (
+    "read guarded twice", "flush twice", "attach and flush", "frame report", "move", "read in a call",
+    "request to write across",
+)  # fmt: skip
+"""Operations that are explored beside a few others, and not in pairs with all of them."""
 
 
 def _cells(variants: bool) -> Iterator[tuple[str, str, list[str]]]:
@@ -45,7 +48,7 @@ def _cells(variants: bool) -> Iterator[tuple[str, str, list[str]]]:
     for kind, states in STATES.items():
         operations = [one for one in OPERATIONS if applies(kind, one)]
         if not variants:
-            left_out = (*VARIANTS, *TWICE, "die") if kind == "cached" else (*VARIANTS, *TWICE)
+            left_out = (*VARIANTS, *APART, "die") if kind == "cached" else (*VARIANTS, *APART)
             operations = [one for one in operations if one not in left_out]
         # What can be had at once from a cached file makes a difference where the page is absent.
         for state in states if variants or kind != "cached" else ("absent",):
@@ -55,7 +58,7 @@ def _cells(variants: bool) -> Iterator[tuple[str, str, list[str]]]:
 def pairs(*, misfortunes: bool = False, variants: bool = True) -> Iterator[Scenario]:
     """One page, in each state, with each pair of operations on it; `misfortunes`: one more thing may go wrong beside."""
     for kind, state, operations in _cells(variants):
-        once = [one for one in operations if one not in TWICE]
+        once = [one for one in operations if one not in APART]
         for first, second in combinations_with_replacement(once, 2):
             budget = BUDGETS[kind] if misfortunes else ()
             yield Scenario(kind, (state,), ((first, 0), (second, 0)), budget=budget)
@@ -67,14 +70,44 @@ def old_kernels() -> Iterator[Scenario]:
         yield replace(one, markers=False)
 
 
-def again() -> Iterator[Scenario]:
-    """One page, in each state, with an operation that is done twice, and one misfortune."""
+def apart() -> Iterator[Scenario]:
+    """What is not explored in pairs with everything, and cells that are about something by themselves."""
     for kind, state, operations in _cells(variants=True):
         for operation in operations:
-            if operation in TWICE:
+            if operation in APART:
                 yield Scenario(kind, (state,), ((operation, 0),), budget=BUDGETS[kind])
+        # A page moves to another frame beside what names it by its frame, and a call beside what takes it away.
+        for first, second in (("frame report", "move"), ("frame report", "evict"), ("read in a call", "report")):
+            yield Scenario(kind, (state,), ((first, 0), (second, 0)))
+        # The last client goes: nobody else has the object.
+        for operation in operations:
+            if not operation.startswith("attach"):
+                yield Scenario(kind, (state,), ((operation, 0), ("close", 0)), worker=(), budget=BUDGETS[kind])
+        if state == "lost":
+            # Where there are no poison markers, it is told by a signal, or ended.
+            for sigbus in ("handled", "ignored", "blocked"):
+                for operation in ("read", "read guarded", "write")[: 2 if kind == "read-only" else 3]:
+                    yield Scenario(kind, (state,), ((operation, 0),), markers=False, sigbus=sigbus)
     # What is lost and what can't be written are told one by one.
     yield Scenario("writable", ("dirty",), (("flush twice", 0), ("report", 0)), budget=BUDGETS["writable"])
+    # Of what was lost when its last client went, the next one is told.
+    lost = (("report", 0), ("close", 0), ("attach and flush", 0))
+    yield Scenario("writable", ("dirty",), lost, worker=())
+    # A request that holds the only page that could make room for it.
+    yield Scenario("writable", ("dirty", "absent"), (("request to write across", 0),), worker=(), limit=1)
+    # What one page's write-back does to the reading of another.
+    for first in ("flush", "write back"):
+        yield Scenario("writable", ("dirty", "absent"), ((first, 0), ("read", 1)), worker=())
+    # Of a large frame that is given up, everybody is told.
+    for kind in ("anonymous", "read-only"):
+        yield Scenario(kind, ("present", "present"), (("report", 0), ("collapse", 0), ("read", 1)))
+    # A page moves between the moment at which it was found by its frame and that at which nobody has it locked.
+    yield Scenario("writable", ("dirty",), (("flush", 0), ("frame report", 0), ("move", 0)), worker=())
+    # A request for several pages holds them while it wants room.
+    for kind, first in (("anonymous", "present"), ("writable", "dirty"), ("cached", "dirty")):
+        for second in ("evict", "report", "write back", "discard", "flush"):
+            if applies(kind, second):
+                yield Scenario(kind, (first, "absent"), (("request to write across", 0), (second, 0)))
 
 
 def two_pages() -> Iterator[Scenario]:

@@ -31,22 +31,28 @@ class SimulatedPage:
 class SimulatedFrame:
     """See `core.machine.Frame`."""
 
-    def __init__(self, machine: SimulatedMachine, page: SimulatedPage) -> None:
+    def __init__(self, machine: SimulatedMachine, page: SimulatedPage, transit: list[SimulatedPage]) -> None:
         self._machine = machine
+        self._transit = transit
         self.page = page
         self.number = page.number
 
     def content(self) -> bytes:
+        if self.page.held:
+            raise OSError(errno.EIO, "the kernel has declared the page bad")
+        self._transit.remove(self.page)
         self._machine.let_go(self.page)
         if self.page.bad:
             raise OSError(EHWPOISON, "the frame is bad")
         return self.page.content
 
     def quarantine(self) -> None:
+        self._transit.remove(self.page)
         if not self.page.held:
             self._machine.quarantine[self.number] += 1
 
     def release(self) -> None:
+        self._transit.remove(self.page)
         if self.page.bad and not self.page.held:
             self._machine.given_back.append(self.number)
         self._machine.let_go(self.page)
@@ -65,6 +71,8 @@ class SimulatedStore:
         """Large frames, by number in the object."""
         self.marks: set[int] = set()
         """Pages at which the kernel has left its mark in the manager's own page table: nothing can be published there."""
+        self.transit: list[SimulatedPage] = []
+        """Pages that were taken out, and of which it is not said yet what becomes of them."""
         self.closed = False
 
     @property
@@ -81,10 +89,11 @@ class SimulatedStore:
             raise StaleFrameError(errno.ESTALE, f"page {page} is not in frame {number:#x}")
         if page // self._unit in self.large:
             raise NotIsolatedError(errno.EBUSY, f"page {page} is part of a large frame")
+        self.transit.append(found)
         self.pages[page] = None
         self._unmap(page, 1)
         self.marks.discard(page)
-        return SimulatedFrame(self.machine, found)
+        return SimulatedFrame(self.machine, found, self.transit)
 
     def drop(self, first: int, count: int) -> None:
         self.machine.before(self, first, count)
@@ -165,6 +174,13 @@ class SimulatedStore:
             part = bytes(data[begin - offset : end - offset])
             page.content = page.content[:at] + part + page.content[at + len(part) :]
             self.machine.placed(self, index, page.content)
+
+    def moves(self, page: int) -> None:
+        """Compaction moves a page to another frame (linux-facts 9): its old one is anybody's."""
+        found = self.pages[page]
+        if found is not None and not found.bad and page // self._unit not in self.large:
+            self.pages[page] = self.machine.new_page(found.content, other=True)
+            self.machine.let_go(found)
 
     def has_bad(self) -> bool:
         """True if some page is in a frame that has gone bad."""

@@ -37,6 +37,11 @@ class Mutant:
         """In which mode it is to be caught: in quiet, but where two things must arrive together."""
         return "batch" if self.name in _TOGETHER else "quiet"
 
+    @property
+    def why_batch(self) -> str:
+        """Why it can't be caught in quiet mode."""
+        return _TOGETHER.get(self.name, "")
+
 
 class _Planting(SourceFileLoader):
     mutant: Mutant
@@ -123,6 +128,22 @@ MUTANTS = (
         "the frame goes back", "Linux 79f5f8fab482 (poisoned pages were left to the allocator)",
         "a bad frame is handed out again", FAILURE,
         "        frame.quarantine()\n", "        frame.release()\n",
+    ),
+    Mutant(
+        "an isolated frame is not held", "Linux 79f5f8fab482 (poisoned pages were left to the allocator)",
+        "a bad frame that was taken out is forgotten", FAILURE,
+        "        frame.quarantine()\n", "        pass\n",
+    ),
+    Mutant(
+        "the frame of the report is not compared", "linux-facts 9: compaction moves pages to other frames",
+        "a page that is well is destroyed, and the bad frame is used on", FAILURE,
+        "    frame = isolate(object_, page, handling.place.pfn)\n    if object_.kind",
+        "    frame = isolate(object_, page)\n    if object_.kind",
+    ),
+    Mutant(
+        "clean pages of a file are lost", "Linux 6a46079cf57a (clean page cache is dropped, and nobody is killed for it)",
+        "what the file has is declared lost", FAILURE,
+        "    if flags & (DIRTY | WRITEBACK):\n", "    if flags & (DIRTY | WRITEBACK | PRESENT):\n",
     ),
     Mutant(
         "wake forgotten", "userfaultfd: a COPY that does not wake (linux-facts 6)",
@@ -269,6 +290,16 @@ MUTANTS = (
         "            await writeback.flush(self, mapping)\n        finally:\n            pass\n",
     ),
     Mutant(
+        "what nobody was told has no heir", "Linux b4678df184b3 (an error that nobody has seen is seen by who opens next)",
+        "who has the file next is not told of lost changes", RECOVERY,
+        "        object_.untold.add(page)\n", "        pass\n",
+    ),
+    Mutant(
+        "the last client's changes are not written", "linux-facts 29: only what was written and synced is in the file",
+        "what was stored is neither in memory nor in the file", MANAGER,
+        "        await write_back_all(self, object_)\n        async with", "        async with",
+    ),
+    Mutant(
         "an error of writing uses up that of a loss", "Linux 5660e13d2fd6 (one error hid another from who asked)",
         "a flush that is tried again succeeds although changes are lost", WRITEBACK,
         "        raise UnwrittenError(\n", "        mapping.error_seen = mapping.errors\n        raise UnwrittenError(\n",
@@ -280,9 +311,14 @@ MUTANTS = (
     ),
 )  # fmt: skip
 
-_TOGETHER = {"the lock is kept on a cancelled wait"}
-"""A grant and a timer in the same turn of the event loop."""
+_TOGETHER = {"the lock is kept on a cancelled wait": "a grant and a timer come in the same turn of the event loop"}
+"""What needs two things at a time, and which."""
 _KNOWN_CELLS = {
+    "what nobody was told has no heir": "writable dirty: report 0, close 0, attach and flush 0",
+    "the last client's changes are not written": "writable dirty: die 0, close 0",
+    "the frame of the report is not compared": "writable dirty: flush 0, frame report 0, move 0",
+    "an isolated frame is not held": "read-only present: frame report 0",
+    "clean pages of a file are lost": "read-only present: frame report 0",
     "the lock is kept on a cancelled wait": "read-only absent: read 0, report 0",
     "flag set after the lock": "read-only absent: report 0, report 0",
     "no recheck after the lock": "read-only absent: read 0, report 0",

@@ -48,6 +48,24 @@ async def _write_half(world: World, mapping: Mapping, page: int, data: bytes) ->
             assert mapping.object.closed
 
 
+async def _write_across(world: World, mapping: Mapping, page: int, data: bytes) -> None:
+    """From the middle of a page to the middle of the next one, where there is one."""
+    half = PAGE_SIZE // 2
+    if page + 1 == mapping.object.pages.count:
+        await _write_half(world, mapping, page, data)
+        return
+    with (
+        world.expectation.may_become(page, lambda old: old[:half] + data[half:]),
+        world.expectation.may_become(page + 1, lambda old: data[:half] + old[half:]),
+    ):
+        try:
+            await recovery.write(world.manager, mapping.object, page * PAGE_SIZE + half, data[half:] + data[:half])
+        except PoisonError as error:
+            world.expectation.told_lost([one.offset // PAGE_SIZE for one in error.ranges])
+        except FileNotFoundError:
+            assert mapping.object.closed
+
+
 async def _repair(world: World, mapping: Mapping, page: int, data: bytes) -> None:
     with world.expectation.may_become(page, lambda _: data):
         await recovery.repair(world.manager, mapping.object, page * PAGE_SIZE, data)
@@ -84,6 +102,7 @@ Request = Callable[["World", Mapping, int, bytes], Coroutine[Any, Any, None]]
 REQUESTS: dict[str, Request] = {
     "request to write": _write,
     "request to write half of": _write_half,
+    "request to write across": _write_across,
     "repair": _repair,
     "discard": _discard,
     "flush": _flush,
@@ -106,6 +125,15 @@ async def _hardware(world: World, page: int) -> None:
     number = world.goes_bad(page, declared=False)
     if number is not None:
         await world.manager.report(Report(pfn=number))
+
+
+async def _frame_report(world: World, page: int) -> None:
+    """The frame in which a page is now is reported, by its number. Nothing else is wrong with it."""
+    found = world.store.pages[page]
+    if found is not None:
+        failure = await world.manager.report(Report(pfn=found.number))
+        if not found.held:
+            world.expectation.frame_handled(found.number, failure)
 
 
 async def _evict(world: World, page: int) -> None:
@@ -131,6 +159,7 @@ async def _write_back(world: World, page: int) -> None:
 STORIES: dict[str, Callable[[World, int], Coroutine[Any, Any, None]]] = {
     "report": _report,
     "hardware": _hardware,
+    "frame report": _frame_report,
     "evict": _evict,
     "write back": _write_back,
 }
@@ -170,10 +199,15 @@ def _kernel_poison(world: World, page: int) -> None:
         world.will_come(f"{tellers[0].name} reports {page}", lambda: tellers[0].report_to_manager(page))
 
 
+def _move(world: World, page: int) -> None:
+    world.store.moves(page)
+
+
 CHANGES: dict[str, Callable[[World, int], None]] = {
     "truncate": _truncate,
     "change": _change,
     "collapse": _collapse,
+    "move": _move,
     "kernel poison": _kernel_poison,
 }
 
@@ -194,11 +228,16 @@ SCRIPTS: dict[str, Callable[[int, bytes], list[Step]]] = {
     "die": lambda page, data: [Step("write", page, data)],
     "close": lambda page, data: [Step("unmap", page), Step("tell", page)],
     "attach": lambda page, data: [Step("attach", page), Step("read", page)],
+    "attach and flush": lambda page, data: [Step("attach", page), Step("flush", page)],
+    "read in a call": lambda page, data: [Step("call", page)],
     **{kind: (lambda page, data, kind=kind: [Step(kind, page, data)]) for kind in REQUESTS},  # type: ignore[misc]
 }
 OPERATIONS = (*SCRIPTS, *STORIES, *CHANGES)
-_WRITING = ("write", "die", "request to write", "request to write half of", "repair", "flush", "flush twice", "write back")
-_FILES = ("truncate", "change", "flush", "flush twice", "write back")
+_WRITING = (
+    "write", "die", "request to write", "request to write half of", "request to write across", "repair", "flush",
+    "flush twice", "attach and flush", "write back",
+)  # fmt: skip
+_FILES = ("truncate", "change", "flush", "flush twice", "attach and flush", "write back")
 
 
 def applies(kind: str, operation: str) -> bool:

@@ -44,6 +44,7 @@ class Area:
     count: int
     private: bool
     registered_for_writes: bool
+    registered: bool = True
     entries: dict[int, tuple[str, bool]] = field(default_factory=dict)
 
     def unmap(self, first: int, count: int) -> None:
@@ -79,11 +80,11 @@ class Process:
         """Called when its thread was woken, has gone to sleep or was sent a signal, and when it was ended."""
         self.space = SimulatedSpace(self)
 
-    def map(self, store: SimulatedStore, *, private: bool = False, protected: bool = False) -> Area:
-        """A new mapping of the whole object, registered."""
+    def map(self, store: SimulatedStore, *, private: bool = False, protected: bool = False, registered: bool = True) -> Area:
+        """A new mapping of the whole object."""
         last = self.areas[-1] if self.areas else None
         address = BASE if last is None else last.address + (last.count + 1) * store.size
-        area = Area(self, store, address, len(store.pages), private, protected)
+        area = Area(self, store, address, len(store.pages), private, protected, registered)
         if protected:
             area.entries = dict.fromkeys(range(area.count), (WATCHED, True))
         self.areas.append(area)
@@ -126,6 +127,9 @@ class Process:
             assert write is None, "private views are read-only"
             return bytes(area.store.size)
         found = area.store.pages[page]
+        if found is None and not area.registered:
+            # Nobody is asked: the page of zeros that the kernel makes is everybody's (linux-facts 4).
+            found = area.store.pages[page] = self.machine.new_page(bytes(area.store.size))
         if found is None:
             self._sleep(area, page, write is not None, protected=False)
             return None
@@ -139,6 +143,18 @@ class Process:
                 self._sleep(area, page, True, protected=True)
                 return None
             found.content = write(found.content)
+        return found.content
+
+    def copy(self, area: Area, page: int) -> bytes:
+        """Read a page in a system call, of a process in user mode: OSError (EFAULT) if that would be a fault."""
+        kind, _ = area.entries.get(page, ("", False))
+        found = area.store.pages[page]
+        if kind == ZEROS:
+            return bytes(area.store.size)
+        if kind in (POISON, HWPOISON) or found is None or found.bad:
+            raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+        if kind != PAGE:
+            area.entries[page] = (PAGE, area.entries.get(page, ("", False))[1])
         return found.content
 
     def _sleep(self, area: Area, page: int, write: bool, *, protected: bool) -> None:

@@ -10,16 +10,18 @@ from typing import Any
 
 import msgspec
 
+from hwpoison.core.machine import Telling
 from hwpoison.core.pages import DIRTY, LOST, POISONED, PRESENT, WRITEBACK
 from hwpoison.simulation.choices import Choices, DivergedError
 from hwpoison.simulation.explore import LIVELOCK, STEPS_MAX, Repeats, abandon, run
 from hwpoison.simulation.loop import Mode
-from hwpoison.simulation.matrix import STATES
-from hwpoison.simulation.operations import OPERATIONS
+from hwpoison.simulation.matrix import BUDGETS, STATES
+from hwpoison.simulation.operations import OPERATIONS, applies
 from hwpoison.simulation.scenario import Scenario
 from hwpoison.simulation.world import World
 
 FORMAT = 1
+FAULTS = {fault for budget in BUDGETS.values() for fault, _ in budget}
 _FLAGS = {PRESENT: "present", DIRTY: "dirty", WRITEBACK: "on its way", POISONED: "poisoned", LOST: "lost"}
 
 
@@ -44,22 +46,30 @@ def load(path: Path) -> SavedRun:
     """Read it. Raises OSError, and ValueError for what is no run of this format."""
     try:
         document = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-        if document.get("format") != FORMAT:
+        if document.get("format") != FORMAT or document["format"] is True:
             raise ValueError(f"it has format {document.get('format')!r}")
         saved = msgspec.convert(document, SavedRun)
         scenario = saved.scenario
         for name, page in (*scenario.operations, *(one for script in scenario.clients for one in script)):
             if name not in OPERATIONS:
                 raise ValueError(f"it has an operation {name!r}")
+            if not applies(scenario.kind, name):
+                raise ValueError(f"there is no {name!r} of a {scenario.kind} object")
             if not 0 <= page < len(scenario.states):
                 raise ValueError(f"it has an operation on page {page} of {len(scenario.states)}")
+        if not all(0 <= page < len(scenario.states) for page in scenario.worker):
+            raise ValueError(f"it has a worker on pages {scenario.worker} of {len(scenario.states)}")
+        if not {one for one, _ in scenario.budget} <= FAULTS:
+            raise ValueError(f"it has a budget for {', '.join(one for one, _ in scenario.budget)}")
+        if scenario.sigbus not in [one.value for one in Telling]:
+            raise ValueError(f"it has a SIGBUS that is {scenario.sigbus!r}")
         if not scenario.states or scenario.kind not in STATES or not set(scenario.states) <= set(STATES[scenario.kind]):
             raise ValueError(f"it has no {scenario.kind} object with pages that are {', '.join(scenario.states) or 'there'}")
         if len(saved.names) != len(saved.choices) or any(one < 0 for one in saved.choices):
             raise ValueError("it has not one name, and a number from 0 on, for each choice")
         if len(saved.widths) not in (0, len(saved.choices)):
             raise ValueError("it has not one width for each choice")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no run of format {FORMAT}: {error}") from error
     return saved
 

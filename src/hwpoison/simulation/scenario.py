@@ -40,6 +40,10 @@ class Scenario:
     death: bool = False
     settles_after: int | None = None
     markers: bool = True
+    limit: int = 0
+    """The memory limit in pages; 0: none that matters."""
+    sigbus: str = "fatal"
+    """What SIGBUS would do to each client: see `core.machine.Telling`."""
 
     def __str__(self) -> str:
         happens = ", ".join(f"{name} {page}" for name, page in self.operations)
@@ -47,4 +51,6 @@ class Scenario:
         clients = "; ".join(", ".join(f"{name} {page}" for name, page in script) for script in self.clients)
         beside = f"; beside clients that {clients}" if clients else ""
         kernel = "" if self.markers else " without poison markers"
-        return f"{self.kind} {' '.join(self.states)}{kernel}: {happens}{dies}{beside}"
+        sigbus = "" if self.sigbus == "fatal" else f" with SIGBUS {self.sigbus}"
+        limit = f" within {self.limit} pages" if self.limit else ""
+        return f"{self.kind} {' '.join(self.states)}{limit}{kernel}{sigbus}: {happens}{dies}{beside}"

@@ -45,7 +45,7 @@ def scenario(seed: int) -> Scenario:
     chance = random.Random(seed)
     kind = chance.choice(tuple(STATES))
     pages = _pages(chance)
-    plain = [one for one in ("read", "write") if applies(kind, one)]
+    plain = [one for one in ("read", "read", "write", "write", "read in a call") if applies(kind, one)]
     asked = _some(chance, kind, (*REQUESTS, "flush twice"))
     befalls = _some(chance, kind, (*STORIES, *CHANGES))
     clients: list[list[Operation]] = [[] for _ in range(CLIENTS)]
@@ -59,7 +59,7 @@ def scenario(seed: int) -> Scenario:
     operations: list[Operation] = []
     for script in clients:
         if chance.random() < 0.2:
-            script.append(("attach", pages()))
+            script.append((chance.choice(["attach", "attach and flush"][: 1 + applies(kind, "attach and flush")]), pages()))
     for _ in range(OPERATIONS - sum(map(len, clients)) - sum(map(bool, ends))):
         if befalls and chance.random() < 0.4:
             operations.append((chance.choice(befalls), pages()))

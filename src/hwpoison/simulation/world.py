@@ -48,7 +48,9 @@ class World:
         self.choices = choices
         self.footprint = choices.footprint
         self.loop = SimulationLoop(choices, self.outside, mode)  # type: ignore[abstract]
-        self.manager = MemoryManager(self.machine, self, instance="sim", memory_limit=NO_LIMIT * PAGE_SIZE)
+        self.manager = MemoryManager(
+            self.machine, self, instance="sim", memory_limit=(scenario.limit or NO_LIMIT) * PAGE_SIZE
+        )
         self.manager.reclaim.files_least = 0
         self.events: list[LogEvent] = []
         self.defects: list[str] = []
@@ -95,7 +97,9 @@ class World:
         for number, (name, page) in enumerate(scenario.operations):
             label = f"{name} {page}" if scenario.operations.count((name, page)) == 1 else f"{name} {page} ({number})"
             if name in SCRIPTS:
-                agent = self._join(f"client {number}", SCRIPTS[name](page, token(60 + number)), mapped=name != "attach")
+                agent = self._join(
+                    f"client {number}", SCRIPTS[name](page, token(60 + number)), mapped=not name.startswith("attach")
+                )
                 if name == "die":
                     self.will_come(f"{agent.name} dies", agent.process.die)
             elif name in STORIES:
