@@ -75,8 +75,9 @@ def test_files_are_written_right_within_a_limit_of_whole_large_frames(file: Make
 
 def test_small_anonymous_objects_count_as_the_pages_that_they_take() -> None:
     with hwpoison.Manager(memory_limit=10 * PAGE_SIZE) as manager:
-        for _ in range(10):
-            manager.allocate(1).buffer[0] = 1
+        kept = [manager.allocate(1) for _ in range(10)]
+        for one in kept:
+            one.buffer[0] = 1
         with pytest.raises(MemoryError, match="do not fit"):
             manager.allocate(1)
         assert manager.statistics().memory_present == 10 * PAGE_SIZE

@@ -95,6 +95,8 @@ COMPARED = (
     ("writable", "dirty", ("flush twice", "report")),
     ("writable", "dirty", ("write", "flush")),
     ("writable", "dirty", ("flush", "request to write", "flush")),
+    ("writable", "dirty", ("flush", "frame report", "move")),
+    ("writable", "dirty", ("close",)),
     ("writable", "lost", ("request to write half of",)),
     ("writable", "lost", ("repair", "read")),
     ("writable", "lost", ("repair", "flush")),

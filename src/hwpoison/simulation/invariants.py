@@ -396,17 +396,18 @@ class Expectation:
         world = self.world
         if loss.outcome is Outcome.FAILED or world.disk is None:
             return
+        wrong = world.machine.went_wrong
         if loss.state is State.DIRTY_FILE:
-            # Where a process has written, or is about to, the page counts as changed before it is; and its neighbours.
+            # Where a process has written, or is about to, the page counts as changed before it is; and its neighbours. What
+            # a sync has failed for counts as not written.
             touched = any(step.kind == "write" for agent in world.agents for step in agent.script[: agent.at + 1])
             newer = not self.history[page][-1] == self._on_disk(page) == self._durable(page)
-            if not (newer or touched or self._may[page] or self._dirty or self.foreign or world.loop.time()):
+            excused = touched or self._may[page] or self._dirty or self.foreign or world.loop.time()
+            if not (newer or excused or wrong["write fails"] or wrong["sync fails"]):
                 self.fail(f"Nothing is lost that the file has: page {page}.")
-        else:
-            wrong = world.machine.went_wrong
-            # A file that others have changed anywhere is another version of all its pages.
-            if not (self.foreign or wrong["read fails"] or wrong["write fails"]):
-                self.fail(f"Nothing is lost that the file has, and that can be read: page {page}.")
+        # A file that others have changed anywhere is another version of all its pages.
+        elif not (self.foreign or wrong["read fails"] or wrong["write fails"]):
+            self.fail(f"Nothing is lost that the file has, and that can be read: page {page}.")
 
     def _check_quarantine(self) -> None:
         machine = self.world.machine

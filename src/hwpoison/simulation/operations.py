@@ -226,12 +226,15 @@ SCRIPTS: dict[str, Callable[[int, bytes], list[Step]]] = {
     "read guarded twice": lambda page, data: _guarded(page, data) * 2,
     "flush twice": lambda page, data: [Step("flush", page), Step("flush", page)],
     "die": lambda page, data: [Step("write", page, data)],
+    "die reading": lambda page, data: [Step("read", page)],
     "close": lambda page, data: [Step("unmap", page), Step("tell", page)],
     "attach": lambda page, data: [Step("attach", page), Step("read", page)],
     "attach and flush": lambda page, data: [Step("attach", page), Step("flush", page)],
     "read in a call": lambda page, data: [Step("call", page)],
     **{kind: (lambda page, data, kind=kind: [Step(kind, page, data)]) for kind in REQUESTS},  # type: ignore[misc]
 }
+DYING = ("die", "die reading")
+"""Clients that may be killed at any moment."""
 OPERATIONS = (*SCRIPTS, *STORIES, *CHANGES)
 _WRITING = (
     "write", "die", "request to write", "request to write half of", "request to write across", "repair", "flush",

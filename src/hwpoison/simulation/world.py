@@ -20,7 +20,7 @@ from hwpoison.simulation.liveness import Liveness
 from hwpoison.simulation.loop import Mode, SimulationLoop
 from hwpoison.simulation.machine import SimulatedMachine
 from hwpoison.simulation.memory import PAGE, SimulatedStore
-from hwpoison.simulation.operations import CHANGES, NAME, NO_LIMIT, PAGE_SIZE, SCRIPTS, STORIES, token
+from hwpoison.simulation.operations import CHANGES, DYING, NAME, NO_LIMIT, PAGE_SIZE, SCRIPTS, STORIES, token
 from hwpoison.simulation.processes import Process
 from hwpoison.simulation.scenario import Operation, Scenario, Step
 
@@ -100,7 +100,7 @@ class World:
                 agent = self._join(
                     f"client {number}", SCRIPTS[name](page, token(60 + number)), mapped=not name.startswith("attach")
                 )
-                if name == "die":
+                if name in DYING:
                     self.will_come(f"{agent.name} dies", agent.process.die)
             elif name in STORIES:
                 self.will_come(label, partial(self._begin, label, STORIES[name], page))
@@ -118,12 +118,12 @@ class World:
         script = [
             step
             for index, (name, page) in enumerate(operations)
-            if name != "die"
+            if name not in DYING
             for step in SCRIPTS[name](page, token(1000 * (number + 1) + index))
         ]
         mapped = not script or script[0].kind != "attach"
         agent = self._join(f"client {chr(ord('A') + number)}", script, mapped=mapped)
-        if any(name == "die" for name, _ in operations):
+        if any(name in DYING for name, _ in operations):
             self.will_come(f"{agent.name} dies", agent.process.die)
 
     def _one_after_the_other(self) -> None:
