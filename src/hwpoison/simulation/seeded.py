@@ -55,7 +55,7 @@ def scenario(seed: int) -> Scenario:
         for _ in clients
     ]
     leaving = chance.choice((0.1, 0.4, 1.0))
-    ends = [chance.choice(("close", "die")) if chance.random() < leaving else "" for _ in clients]
+    ends = [chance.choice(("close", "die", "die reading")) if chance.random() < leaving else "" for _ in clients]
     operations: list[Operation] = []
     for script in clients:
         if chance.random() < 0.2:
