@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import hwpoison
+from tests.live.process import Child
 from tests.live.slow_files import SlowFile
 from tests.support import wait_until
 
@@ -77,6 +78,31 @@ def test_what_one_object_has_lost_is_not_read_from_the_file_as_another(file: Pat
         writer.discard()
         again = manager.open(file, name="again")
         assert again.read(0, 2 * PAGE) == old[: 2 * PAGE]
+        with pytest.raises(OSError, match="were lost"):
+            writer.flush()
+
+
+READS = """
+memory = hwpoison.connect(arguments[0]).attach("late")
+try:
+    say(memory.read(0, 1).decode())
+except hwpoison.PoisonError as error:
+    say([list(one) for one in error.ranges])
+"""
+
+
+def test_what_is_lost_while_another_object_reads_it_is_not_read(slow_file: Callable[[bytes], SlowFile]) -> None:
+    slow = slow_file(b"A" * PAGE)
+    with hwpoison.Manager() as manager:
+        writer, late = manager.open(slow.path, "r+", name="writer"), manager.open(slow.path, name="late")
+        writer.write(0, b"n" * PAGE)
+        slow.hold("read")
+        with Child(READS, manager.socket) as reader:
+            wait_until(lambda: slow.waiting, "the file is being read")
+            manager.inject(writer, 0)
+            slow.hold()
+            assert reader.hear() == [["late", 0, PAGE]]
+        assert late.lost() == [("late", 0, PAGE)]
         with pytest.raises(OSError, match="were lost"):
             writer.flush()
 

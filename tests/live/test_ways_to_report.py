@@ -10,14 +10,14 @@ import pytest
 
 import hwpoison
 from hwpoison import State
-from tests.live.frames import PAGE, can_see_frames, frame_at
+from tests.live.frames import PAGE, frame_at
 from tests.live.process import Child
 from tests.live.reading import touch
 
 MakeFile = Callable[..., Path]
 
 
-@pytest.mark.skipif(not can_see_frames(), reason="needs root: frames are hidden from others")
+@pytest.mark.usefixtures("root")
 def test_a_frame_is_found_beside_a_huge_object_that_is_nearly_empty(manager: hwpoison.Manager) -> None:
     huge, memory = manager.allocate(1 << 44, "huge"), manager.allocate(PAGE, "t")
     for offset in (0, 1 << 43, huge.nbytes - PAGE):

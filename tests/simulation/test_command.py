@@ -49,7 +49,7 @@ def test_a_run_that_diverges_is_neither_a_pass_nor_a_failure(tmp_path: Path) -> 
         ({"kind": "writable", "states": ["lost"], "operations": [], "sigbus": "odd"}, "a SIGBUS that is 'odd'"),
         (
             {"kind": "anonymous", "states": ["present"], "operations": [], "clients": [[["close", 0], ["close", 0]]]},
-            "what can't be",
+            "a client that comes after",
         ),
     ],
 )

@@ -55,20 +55,10 @@ def test_plain_search_and_hashing_agree_where_plain_search_ends(mode: str) -> No
 
 
 def test_what_is_left_out_makes_no_difference_whatever_is_wrong() -> None:
-    comparisons = list(compare_all(schedules_max=80))
-    assert [one for one in comparisons if not one.equal] == []
-    assert sum(one.plain for one in comparisons) > 50
-    assert sum(not one.plain for one in comparisons) > 500
-
-
-@pytest.mark.soak
-def test_what_is_left_out_makes_no_difference_in_larger_cells_either() -> None:
     comparisons = list(compare_all(schedules_max=500))
     assert [one for one in comparisons if not one.equal] == []
     # Each mutant shows in one of the cells at least, so the searches had something to miss.
-    shown = {one.name for one in comparisons if one.plain}
-    # One needs three things after each other, which come in too many orders for a search that leaves out nothing.
-    assert {one.name for one in MUTANTS} - shown == {"what nobody was told has no heir"}
+    assert {one.name for one in comparisons if one.plain} == {one.name for one in MUTANTS}
     assert sum(not one.plain for one in comparisons) > 500
 
 

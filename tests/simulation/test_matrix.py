@@ -36,6 +36,11 @@ def test_what_is_not_done_beside_everything_ends_well_beside_a_misfortune() -> N
 
 
 @pytest.mark.soak
+def test_every_operation_ends_well_beside_a_client_that_dies_while_it_writes() -> None:
+    assert explored(one for one in pairs() if ("die", 0) in one.operations) > 100
+
+
+@pytest.mark.soak
 def test_every_pair_of_operations_ends_well_beside_a_misfortune() -> None:
     assert explored(pairs(misfortunes=True)) > 2000
 

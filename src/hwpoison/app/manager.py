@@ -36,6 +36,8 @@ Socket = socket.socket
 """Where `socket` is the name of something else."""
 MEMORY_LIMIT_MAX = (1 << 63) - 1
 """Bytes: the most that can be said in a message."""
+NAME = "an object's name, as objects() shows it,"
+"""In what is said of a name that can't be one."""
 
 
 _managers: weakref.WeakSet[BaseManager] = weakref.WeakSet()
@@ -241,20 +243,20 @@ class BaseManager:
         names them. Raises what `flush` raises: the first error, with notes that name the memories of others."""
         if self.connection.closed:
             return
-        kept = []
+        kept: dict[str, None] = {}
         errors: list[tuple[str, OSError]] = []
         for memory in list(self._open.values()):
             try:
                 memory.close()
             except BufferError:
-                kept.append(memory.name)
+                kept[memory.name] = None
                 try:
                     memory.flush()
                 except OSError as error:
                     errors.append((memory.name, error))
             except OSError as error:
                 errors.append((memory.name, error))
-        kept += [name for name in self.connection.mapped() if name not in kept]
+        kept |= dict.fromkeys(self.connection.mapped())
         if kept:
             warnings.warn(f"still in use, kept by their views: {', '.join(kept)}", ResourceWarning, stacklevel=3)
             atexit.register(self.connection.abandon)
@@ -275,9 +277,6 @@ class BaseManager:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
-
-
-NAME = "an object's name, as objects() shows it,"
 
 
 def _checked_name(name: str | None) -> str | None:

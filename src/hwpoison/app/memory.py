@@ -65,8 +65,9 @@ class Memory:
 
     The object lives as long as a process has it open. With the last one it is gone: anonymous memory is freed, changes to
     a file are written back. They are written at `flush` and `close` too, and at any time under a memory limit, in no
-    particular order. A memory that nobody refers to any more is unmapped, unless it has views, as if it was closed; what
-    `flush` would raise is not heard then. In a forked child an ordinary view is a SIGSEGV, and all else a ConnectionError.
+    particular order. A memory that nobody refers to any more is unmapped, unless it has views; the manager learns of it with
+    the next request, and what `flush` would raise is not heard. In a forked child an ordinary view is a SIGSEGV, and all
+    else a ConnectionError.
     """
 
     def __init__(self, manager: BaseManager, found: protocol.Found, descriptor: Descriptor, channel: socket.socket) -> None:
@@ -143,6 +144,8 @@ class Memory:
         with self._lock:
             view = self._guarded
             if view is None:
+                # What is gone must be known before something else can come to its address.
+                self._connection.tell_unmapped()
                 mapping = self._map(guarded=True)
                 number, mapped = self._register(mapping, guarded=True)
                 view = GuardedView(self._connection, mapping, number, mapped.slot, self.name, self.nbytes)

@@ -107,9 +107,6 @@ def _replay(path: Path) -> int:
     except DivergedError as error:
         click.echo(f"hwpoison: {error}", err=True)
         return USAGE
-    except (AssertionError, LookupError, ValueError) as error:
-        # The world itself: what happens in it can't happen to what there is, a client that closes twice for instance.
-        raise click.UsageError(f"{path} tells of what can't be: {error!r}") from error
     click.echo(again.violation or "Everything holds.")
     return FOUND if again.violation else FINE
 
@@ -119,7 +116,7 @@ def _exhaustive(mode: Any, matrix: str, misfortunes: bool, limit: int | None, sa
 
     if misfortunes and matrix != "pairs":
         raise click.UsageError("--misfortunes goes with the matrix of pairs")
-    _make(save)
+    _make_folder(save)
     scenarios = list(pairs(misfortunes=misfortunes) if matrix == "pairs" else MATRICES[matrix]())
     started = time.monotonic()
     counted = [0, 0]
@@ -134,7 +131,7 @@ def _exhaustive(mode: Any, matrix: str, misfortunes: bool, limit: int | None, sa
     cells = explore_all(scenarios, mode, schedules_max=limit, progress=progress)
     seconds = time.monotonic() - started
     found = [cell for cell in cells if cell.violation is not None]
-    if save is not None and found:
+    if save is not None:
         _save(cells, scenarios, mode, save)
     schedules, steps = sum(cell.schedules for cell in cells), sum(cell.steps for cell in cells)
     complete = sum(cell.complete for cell in cells)
@@ -158,13 +155,13 @@ def _exhaustive(mode: Any, matrix: str, misfortunes: bool, limit: int | None, sa
     return _holds(len(found))
 
 
-def _make(save: Path | None) -> None:
-    """Before all the work, whose result would have no place. Raises UsageError."""
-    if save is not None:
+def _make_folder(folder: Path | None) -> None:
+    """For the runs that will fail; before all the work, whose result would have no place. Raises UsageError."""
+    if folder is not None:
         try:
-            save.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise click.UsageError(f"{save} can't be a folder to save runs in: {error.strerror}") from error
+            raise click.UsageError(f"{folder} can't be a folder to save runs in: {error.strerror}") from error
 
 
 def _save(cells: list[Cell], scenarios: list[Any], mode: Any, folder: Path) -> None:
@@ -178,7 +175,7 @@ def _save(cells: list[Cell], scenarios: list[Any], mode: Any, folder: Path) -> N
 def _seeded(seed: int, runs: int, mode: Any, save: Path | None, as_json: bool) -> int:
     from hwpoison.simulation.seeded import run_many, shrink_failed
 
-    _make(save)
+    _make_folder(save)
     started = said = time.monotonic()
 
     def progress(done: Done) -> None:
@@ -193,7 +190,7 @@ def _seeded(seed: int, runs: int, mode: Any, save: Path | None, as_json: bool) -
     seconds = time.monotonic() - started
     rate = done.schedules / done.seconds
     shrunk = shrink_failed(done.failed, mode)
-    if save is not None and shrunk:
+    if save is not None:
         for one, again in shrunk:
             again.save(save / f"seed-{one.seed}.json")
     if as_json:

@@ -41,7 +41,7 @@ class Books:
         self.memory_limit = memory_limit
         limit = None if memory_limit is None else max(1, memory_limit // machine.page_size)
         self.reclaim = Reclaim(self.objects, self.statistics, limit)
-        self.lost_changes: Counter[tuple[int, int]] = Counter()
+        self.lost_changes_of: Counter[tuple[int, int]] = Counter()
         """How many pages of each file (device, inode) are lost with changes that it does not have."""
         self._instance = instance
         self._events = 0
@@ -82,7 +82,7 @@ class Books:
         """An object other than this one, over the same file, that has lost changes to these bytes of the file."""
         backing = object_.backing
         assert backing is not None
-        if not self.lost_changes[backing.place]:
+        if not self.lost_changes_of[backing.place]:
             return None
         for other in self.objects():
             if other is not object_ and other.backing is not None and other.backing.place == backing.place:

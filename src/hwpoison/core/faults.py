@@ -63,7 +63,7 @@ def _at_once(books: Books, mapping: Mapping, page: int, write: bool) -> bool:
     if backing is None:
         content: Content = books.zeros(1)
     else:
-        if backing.writing or books.lost_changes[backing.place]:
+        if backing.writing or books.lost_changes_of[backing.place]:
             return False
         nbytes = object_.nbytes_of(page, 1)
         found = backing.file.read_cached(backing.offset + page * object_.page_size, nbytes)

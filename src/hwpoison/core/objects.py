@@ -157,7 +157,7 @@ class MemoryObject:
     @property
     def lost_changes(self) -> bool:
         """True if something is lost that the file does not have."""
-        return any(loss.state is State.DIRTY_FILE for loss in self.losses.values())
+        return self.lost_changes_within(0, self.pages.count)
 
     def lost_changes_within(self, first: int, count: int) -> bool:
         """As `lost_changes`, of these pages."""

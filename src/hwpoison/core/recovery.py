@@ -104,11 +104,7 @@ async def _read_version(books: Books, object_: MemoryObject, first: int, count: 
     backing = object_.backing
     assert backing is not None
     offset, nbytes = backing.offset + first * object_.page_size, object_.nbytes_of(first, count)
-    if (other := books.lost_elsewhere(object_, offset, nbytes)) is not None:
-        raise UnreadableError(
-            f"changes to these bytes of the file that were made as {other.name!r} are lost: repair() and flush() them "
-            "there, or discard() them, then discard() here"
-        )
+    _none_lost_elsewhere(books, object_, offset, nbytes)
     try:
         content = await _read_unchanged(backing, offset, nbytes)
         if content is None:
@@ -117,11 +113,23 @@ async def _read_version(books: Books, object_: MemoryObject, first: int, count: 
             async with backing.turn:
                 content = await _read_unchanged(backing, offset, nbytes)
         if content is not None:
+            # Changes to it may have been lost while it was read.
+            _none_lost_elsewhere(books, object_, offset, nbytes)
             return _whole_pages(content, count * object_.page_size)
         how = backing.how_changed(await backing.file.identity(), offset + nbytes)
     except OSError as error:
         raise UnreadableError(f"reading the file failed: {error.strerror}") from error
     raise UnreadableError(how)
+
+
+def _none_lost_elsewhere(books: Books, object_: MemoryObject, offset: int, nbytes: int) -> None:
+    """Raises `UnreadableError` if the file does not hold what belongs here, as another object over it has lost that."""
+    other = books.lost_elsewhere(object_, offset, nbytes)
+    if other is not None:
+        raise UnreadableError(
+            f"changes to these bytes of the file that were made as {other.name!r} are lost: repair() and flush() them "
+            "there, or discard() them, then discard() here"
+        )
 
 
 async def _read_unchanged(backing: Backing, offset: int, nbytes: int) -> Content | None:
@@ -194,7 +202,7 @@ def lose(books: Books, object_: MemoryObject, page: int, loss: Loss) -> tuple[in
     object_.losses[page] = loss
     if loss.state is State.DIRTY_FILE and object_.backing is not None:
         object_.untold.add(page)
-        books.lost_changes[object_.backing.place] += 1
+        books.lost_changes_of[object_.backing.place] += 1
     return tell_owners(books, object_, page, loss)
 
 
@@ -300,7 +308,7 @@ async def _revive_locked(books: Books, object_: MemoryObject, page: int, content
     loss = object_.losses.pop(page)
     object_.untold.discard(page)
     if loss.state is State.DIRTY_FILE and object_.backing is not None:
-        books.lost_changes[object_.backing.place] -= 1
+        books.lost_changes_of[object_.backing.place] -= 1
     object_.pages.clear(LOST | POISONED, page)
     object_.pages.arrived(page, 1, books.reclaim.arrived(object_, 1), dirty)
     for mapping in object_.mappings.covering(page):

@@ -71,9 +71,15 @@ def hunt(name: str, schedules_max: int | None = None) -> Hunt:
             gc.collect()
             total += cell.schedules
             if cell.violation is not None:
-                found = True, str(scenario), cell.schedules, total, cell.violation.sentence
-                return Hunt(name, wanted.source, wanted.what, *found, wanted.mode, wanted.why_batch)
-    return Hunt(name, wanted.source, wanted.what, False, "", 0, total, "", wanted.mode, wanted.why_batch)
+                return Hunt(
+                    name=name, source=wanted.source, what=wanted.what, caught=True, cell=str(scenario),
+                    schedules=cell.schedules, total=total, sentence=cell.violation.sentence, mode=wanted.mode,
+                    why_batch=wanted.why_batch,
+                )  # fmt: skip
+    return Hunt(
+        name=name, source=wanted.source, what=wanted.what, caught=False, cell="", schedules=0, total=total, sentence="",
+        mode=wanted.mode, why_batch=wanted.why_batch,
+    )  # fmt: skip
 
 
 COMPARED = (
@@ -96,6 +102,7 @@ COMPARED = (
     ("writable", "dirty", ("write", "flush")),
     ("writable", "dirty", ("flush", "request to write", "flush")),
     ("writable", "dirty", ("flush", "frame report", "move")),
+    ("writable", "dirty", ("report", "attach and flush")),
     ("writable", "dirty", ("close",)),
     ("writable", "lost", ("request to write half of",)),
     ("writable", "lost", ("repair", "read")),

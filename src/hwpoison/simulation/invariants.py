@@ -57,7 +57,7 @@ class Expectation:
         self._told_of: dict[Mapping, int] = {}
         """Of how many syncs that failed before a handle's next flush it can't be told any more."""
         self.struck: set[int] = set()
-        """Pages that somebody has said are bad, or that are."""
+        """Pages that somebody has said are bad, or whose frames are."""
         self._reviving: list[int] = [0] * count
         self._reporting: list[int] = [0] * count
 
@@ -394,7 +394,11 @@ class Expectation:
     def _look_at_loss(self, page: int, loss: Loss) -> None:
         """Nothing is declared lost that could be had back; a large frame that can't be split takes what is beside."""
         world = self.world
-        if loss.outcome is Outcome.FAILED or world.disk is None:
+        if loss.outcome is Outcome.FAILED:
+            return
+        if loss.state is not State.CLEAN_FILE and page not in self.struck:
+            self.fail(f"Nothing is lost that nobody has said is bad: page {page}.")
+        if world.disk is None:
             return
         wrong = world.machine.went_wrong
         if loss.state is State.DIRTY_FILE:

@@ -131,6 +131,7 @@ async def _frame_report(world: World, page: int) -> None:
     """The frame in which a page is now is reported, by its number. Nothing else is wrong with it."""
     found = world.store.pages[page]
     if found is not None:
+        world.expectation.struck.add(page)
         failure = await world.manager.report(Report(pfn=found.number))
         if not found.held:
             world.expectation.frame_handled(found.number, failure)

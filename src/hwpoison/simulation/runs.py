@@ -16,11 +16,12 @@ from hwpoison.simulation.choices import Choices, DivergedError
 from hwpoison.simulation.explore import LIVELOCK, STEPS_MAX, Repeats, abandon, run
 from hwpoison.simulation.loop import Mode
 from hwpoison.simulation.matrix import BUDGETS, STATES
-from hwpoison.simulation.operations import OPERATIONS, applies
+from hwpoison.simulation.operations import DYING, OPERATIONS, applies
 from hwpoison.simulation.scenario import Scenario
 from hwpoison.simulation.world import World
 
 FORMAT = 1
+LEAVING = ("close", *DYING)
 FAULTS = {fault for budget in BUDGETS.values() for fault, _ in budget}
 _FLAGS = {PRESENT: "present", DIRTY: "dirty", WRITEBACK: "on its way", POISONED: "poisoned", LOST: "lost"}
 
@@ -57,6 +58,12 @@ def load(path: Path) -> SavedRun:
                 raise ValueError(f"there is no {name!r} of a {scenario.kind} object")
             if not 0 <= page < len(scenario.states):
                 raise ValueError(f"it has an operation on page {page} of {len(scenario.states)}")
+        for script in scenario.clients:
+            # As in `seeded`: it comes first or is there, and goes last.
+            if any(name.startswith("attach") for name, _ in script[1:]) or any(name in LEAVING for name, _ in script[:-1]):
+                raise ValueError(
+                    "it has a client that comes after it has done something, or does something after it has gone"
+                )
         if not all(0 <= page < len(scenario.states) for page in scenario.worker):
             raise ValueError(f"it has a worker on pages {scenario.worker} of {len(scenario.states)}")
         if not {one for one, _ in scenario.budget} <= FAULTS:

@@ -55,11 +55,13 @@ def scenario(seed: int) -> Scenario:
         for _ in clients
     ]
     leaving = chance.choice((0.1, 0.4, 1.0))
-    ends = [chance.choice(("close", "die", "die reading")) if chance.random() < leaving else "" for _ in clients]
+    dying = "die" if applies(kind, "die") else "die reading"
+    ends = [chance.choice(("close", dying)) if chance.random() < leaving else "" for _ in clients]
+    coming = [one for one in ("attach", "attach and flush") if applies(kind, one)]
     operations: list[Operation] = []
     for script in clients:
         if chance.random() < 0.2:
-            script.append((chance.choice(["attach", "attach and flush"][: 1 + applies(kind, "attach and flush")]), pages()))
+            script.append((chance.choice(coming), pages()))
     for _ in range(OPERATIONS - sum(map(len, clients)) - sum(map(bool, ends))):
         if befalls and chance.random() < 0.4:
             operations.append((chance.choice(befalls), pages()))

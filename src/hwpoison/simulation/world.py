@@ -227,6 +227,7 @@ class World:
         number = self.store.goes_bad(page, declared=declared)
         if number is not None:
             self.expectation.frames_gone_bad += 1
+            self.expectation.struck.add(page)
         return number
 
     def is_bad(self, page: int) -> bool:
