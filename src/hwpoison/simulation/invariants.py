@@ -58,6 +58,8 @@ class Expectation:
         """Of how many syncs that failed before a handle's next flush it can't be told any more."""
         self.struck: set[int] = set()
         """Pages that somebody has said are bad, or whose frames are."""
+        self.named: set[int] = set()
+        """Frames that somebody has said are bad, by their number."""
         self._reviving: list[int] = [0] * count
         self._reporting: list[int] = [0] * count
 
@@ -129,6 +131,10 @@ class Expectation:
 
     def placed(self, store: SimulatedStore, page: int, content: bytes) -> None:
         """The manager has put content into the page, for everybody to see."""
+        found = self.world.store.pages[page]
+        if found is not None and (found.bad or found.number in self.named):
+            # A frame that is said to be bad, and that nobody holds, is given out again.
+            self.struck.add(page)
         expected = self.history[page][-1]
         changed = [become(expected) for become in self._may[page]]
         if self._fresh[page]:

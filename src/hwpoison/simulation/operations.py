@@ -132,6 +132,7 @@ async def _frame_report(world: World, page: int) -> None:
     found = world.store.pages[page]
     if found is not None:
         world.expectation.struck.add(page)
+        world.expectation.named.add(found.number)
         failure = await world.manager.report(Report(pfn=found.number))
         if not found.held:
             world.expectation.frame_handled(found.number, failure)
