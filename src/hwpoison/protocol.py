@@ -4,6 +4,9 @@ One message is one packet of a SOCK_SEQPACKET socket, msgpack, with descriptors 
 request gets one reply, in order, on the channel it came by: the reply that its docstring names, or `Failed`. A client may
 open more channels, and one on which it is told of losses; it is there that the manager answers when it has taken them. A
 client that stops waiting for a reply closes the channel.
+
+When the manager dies, its ends of those channels close, and that of the first one does not: the next manager has it. The
+client opens channels anew by that, and asks again what was not answered. Every request may be asked twice.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import msgspec
 from hwpoison.core.records import Failure, Notice, Report
 from hwpoison.errors import PoisonError, Range, UnsupportedError
 
-VERSION = 1
+VERSION = 2
 MESSAGE_LIMIT = 192 << 10
 """Most bytes of a message; the default send buffer of a socket is a little larger."""
 DATA_LIMIT = 128 << 10
@@ -41,7 +44,8 @@ class Message(msgspec.Struct, tag=True, array_like=True):
 
 
 class Hello(Message):
-    """The first message. Descriptors: a userfaultfd after its handshake, or none for a client that maps nothing.
+    """The first message. Descriptors: a userfaultfd after its handshake, or none for a client that maps nothing; and one end
+    of a socket pair, which the manager and its keeper hold: by its other end the client learns that both are gone.
 
     Reply: `Welcome`.
     """
@@ -50,14 +54,17 @@ class Hello(Message):
 
 
 class AddChannel(Message):
-    """Descriptor: one end of a socket pair, another channel for requests. Reply, on that: `Done`."""
+    """Descriptor: one end of a socket pair, another channel for requests. Reply, on that: `Added`."""
 
 
 class Listen(Message):
-    """Descriptor: one end of a socket pair, on which the client is told of losses (`Told`) from now on.
+    """Descriptor: one end of a socket pair, on which the client is told of losses (`Told`) from now on; those up to number
+    `after` it has been told of.
 
-    Reply, on that: `Done`.
+    Reply, on that: `Added`.
     """
+
+    after: int = 0
 
 
 class CountLosses(Message):
@@ -65,10 +72,15 @@ class CountLosses(Message):
 
 
 class Allocate(Message):
-    """A new anonymous object. Reply: `Found`."""
+    """A new anonymous object. Reply: `Found`.
+
+    `mapping`, here and in `Open` and `Attach`: the number of the mapping that the client will make of it, see `Map`. Asked
+    again with that number, the manager gives the same object again.
+    """
 
     nbytes: int
     name: str | None = None
+    mapping: int = 0
 
 
 class Open(Message):
@@ -78,6 +90,7 @@ class Open(Message):
     offset: int
     nbytes: int | None
     writable: bool
+    mapping: int = 0
 
 
 class Attach(Message):
@@ -85,13 +98,15 @@ class Attach(Message):
 
     name: str
     object: int | None = None
+    mapping: int = 0
 
 
 class Map(Message):
     """The object is mapped at `address` and registered with the client's userfaultfd. Reply: `Mapped`.
 
-    On the channel by which the object was found: when that ends, what was not mapped is let go. On any for one more mapping.
-    `mapping` is the client's own number for it, another one each time: it can say that it is gone also without the reply.
+    On the channel by which the object was found: when the client closes that, what was not mapped is let go. On any for one
+    more mapping. `mapping` is the client's own number for it, another one each time: it can say that it is gone also without
+    the reply.
     """
 
     object: int
@@ -101,7 +116,7 @@ class Map(Message):
 
 
 class Unmap(Message):
-    """The mapping is gone from the client's address space. Reply: `Done`."""
+    """The mapping is gone from the client's address space, or will not be made. Reply: `Done`."""
 
     mapping: int
 
@@ -163,9 +178,19 @@ class Flush(Message):
 
 
 class ReportPage(Message):
-    """A page is bad. Reply: `Handled`."""
+    """A page is bad. `number`: another one for each report of the client; 0 if it is never asked again. Reply: `Handled`."""
 
     report: Report
+    number: int = 0
+
+
+class Restart(Message):
+    """The manager of this `life` (see `Added`) ends, and another one takes over, of the version that is installed now.
+
+    Reply, of that one, which is asked again: `Done`.
+    """
+
+    life: int
 
 
 class ListObjects(Message):
@@ -189,6 +214,13 @@ class Goodbye(Message):
 
 class Done(Message):
     """It is done."""
+
+
+class Added(Message):
+    """The channel is there. `life`: how many managers there were, with this one, whose process is `pid`."""
+
+    life: int
+    pid: int
 
 
 class Welcome(Message):
@@ -287,8 +319,9 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     `pid`, `page_size`, `socket` (as `printable_path`) and `memory_limit` are the manager's; `memory_present` is what it
     holds now of all objects, for so many `clients` and `objects`. `outcomes` and `states` count failures; reports of pages
     known to be bad are not counted among the outcomes, and among the states only as "already poisoned page".
-    `quarantined`: bad frames that are held. `faults`: accesses that the manager has served. `read` from files, `written` to
-    files, `dropped` to keep the limit. `accesses_to_lost` counts accesses, `events_dropped` events that could not be logged.
+    `restarts`: how often another manager has taken over; what is counted in `outcomes` and `states` goes on, the rest begins
+    anew. `quarantined`: bad frames that are held. `faults`: accesses served. `read` from files, `written` to them, `dropped`
+    to keep the limit. `accesses_to_lost` counts accesses, `events_dropped` events that could not be logged.
     """
 
     pid: int
@@ -296,6 +329,7 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     socket: str
     memory_limit: int | None
     memory_present: int
+    restarts: int
     clients: int
     objects: int
     outcomes: dict[str, int]
@@ -345,11 +379,11 @@ class Elsewhere(Message):
 
 Request = (
     Hello | AddChannel | Listen | CountLosses | Allocate | Open | Attach | Map | Unmap | Write | Prefetch | Repair | Discard
-    | Lost | Met | Flush | ReportPage | ListObjects | GetStatistics | SyncLog | Goodbye
+    | Lost | Met | Flush | ReportPage | ListObjects | GetStatistics | SyncLog | Restart | Goodbye
 )  # fmt: skip
 Reply = (
-    Done | Welcome | Found | Mapped | Flushed | Losses | Count | Ranges | Handled | ObjectList | StatisticsReply | LogPlace
-    | Failed | Told | Elsewhere
+    Done | Added | Welcome | Found | Mapped | Flushed | Losses | Count | Ranges | Handled | ObjectList | StatisticsReply
+    | LogPlace | Failed | Told | Elsewhere
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

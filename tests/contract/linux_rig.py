@@ -142,6 +142,7 @@ class LinuxFileRig:
         self.path = path
         path.write_bytes(content)
         self.file: LinuxFile = machine.file(os.open(path, os.O_RDWR if writable else os.O_RDONLY))
+        self.file.prepare_now()
 
     def content(self) -> bytes:
         return self.path.read_bytes()

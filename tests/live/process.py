@@ -111,8 +111,24 @@ def asleep_in_a_fault(pid: int) -> bool:
 
 
 def keeper_of(manager_pid: int) -> int:
-    """The process that holds the manager's quarantined frames."""
-    return int(Path(f"/proc/{manager_pid}/task/{manager_pid}/children").read_text())
+    """The process that the manager comes from, and that holds what outlives it."""
+    return int(Path(f"/proc/{manager_pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
+def manager_of(keeper_pid: int) -> int:
+    """The manager that the keeper has started."""
+    (pid,) = map(int, Path(f"/proc/{keeper_pid}/task/{keeper_pid}/children").read_text().split())
+    return pid
+
+
+def kill_service(keeper_pid: int) -> None:
+    """SIGKILL for a manager and its keeper, so that neither can start another one."""
+    manager = os.pidfd_open(manager_of(keeper_pid))
+    signal.pidfd_send_signal(manager, signal.SIGSTOP)
+    os.kill(keeper_pid, signal.SIGKILL)
+    signal.pidfd_send_signal(manager, signal.SIGKILL)
+    select.select([manager], [], [], SECONDS_MAX)
+    os.close(manager)
 
 
 def state_of(pid: int) -> str:

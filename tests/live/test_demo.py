@@ -240,7 +240,7 @@ WRONG_MANAGERS = {
     "gives bad frames back to the system": (
         """
         from hwpoison.linux.quarantine import Quarantine
-        Quarantine.hold = lambda self, pipe, number: os.read(pipe, 4096)
+        Quarantine.hold = lambda self, number: os.read(self.transit[0], 4096)
         failure._quarantine = lambda handling, object_, frame: (frame.quarantine(), Outcome.RECOVERED)[1]
         """,
         {"clean file page, mapped": INTACT, "dirty file page": LOST, "anonymous page": LOST},

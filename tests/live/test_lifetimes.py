@@ -20,7 +20,7 @@ import hwpoison
 from hwpoison import Outcome, State
 from hwpoison.linux.syscalls import PAGE_SIZE
 from tests.live.conftest import known
-from tests.live.process import Child, asleep_in_a_fault, keeper_of, state_of
+from tests.live.process import Child, asleep_in_a_fault, keeper_of, kill_service, state_of
 from tests.live.slow_files import SlowFile
 from tests.support import SECONDS_MAX, wait_until
 
@@ -381,7 +381,7 @@ os.kill(os.getpid(), signal.SIGKILL)
             assert server.wait(SECONDS_MAX) == 0, server.communicate()
             assert path.read_bytes()[5 * PAGE_SIZE] == 2
             with hwpoison.connect(str(socket_path), maps=False) as manager:
-                assert manager.pid == successor.pid
+                assert keeper_of(manager.pid) == successor.pid
 
 
 def test_a_shared_manager_that_is_told_to_end_ends_when_its_last_memory_is_closed(tmp_path: Path) -> None:
@@ -399,20 +399,27 @@ def test_a_shared_manager_that_is_told_to_end_ends_when_its_last_memory_is_close
         assert server.wait(SECONDS_MAX) == 0
 
 
+BOOK = f"""
+manager = hwpoison.connect(arguments[0])
+book = manager.open(arguments[1], "r+")
+book.buffer[3 * {PAGE_SIZE} : 4 * {PAGE_SIZE}] = b"s" * {PAGE_SIZE}
+book.write(63 * {PAGE_SIZE}, b"w" * {PAGE_SIZE})
+say()
+hear()
+"""
+
+
 def test_a_shared_manager_that_is_ended_writes_back_what_its_clients_have_stored(tmp_path: Path, file: MakeFile) -> None:
     path = file(64 * PAGE_SIZE)
-    with serve(tmp_path / "socket") as server:
-        manager = hwpoison.connect(str(tmp_path / "socket"))
-        book = manager.open(path, "r+")
-        book.buffer[3 * PAGE_SIZE : 4 * PAGE_SIZE] = page("s")
-        book.write(63 * PAGE_SIZE, page("w"))
+    with serve(tmp_path / "socket") as server, Child(BOOK, str(tmp_path / "socket"), str(path)) as client:
+        client.hear()
         said(server, "serves at")
         server.send_signal(signal.SIGTERM)
         said(server, "this stays until the last has gone; the same signal ends it at once")
         server.send_signal(signal.SIGTERM)
         assert server.wait(SECONDS_MAX) == 0
-        with pytest.raises(ConnectionError):
-            manager.close()
+        # Nobody is left who could serve an access of its.
+        assert client.wait() == -signal.SIGBUS
     expected = bytearray(known(64 * PAGE_SIZE))
     expected[3 * PAGE_SIZE : 4 * PAGE_SIZE] = page("s")
     expected[63 * PAGE_SIZE :] = page("w")
@@ -422,14 +429,14 @@ def test_a_shared_manager_that_is_ended_writes_back_what_its_clients_have_stored
 def test_the_socket_of_a_manager_that_was_killed_is_taken_over(tmp_path: Path) -> None:
     path = tmp_path / "socket"
     with serve(path) as first:
-        first.kill()
+        kill_service(first.pid)
         first.wait(SECONDS_MAX)
     assert path.is_socket()
     assert not answers(path)
     with serve(path) as second:
         assert second.poll() is None
         manager = hwpoison.connect(str(path))
-        assert manager.pid == second.pid
+        assert keeper_of(manager.pid) == second.pid
         manager.close()
 
 
@@ -449,7 +456,7 @@ def test_of_managers_that_start_at_one_socket_at_the_same_moment_one_serves_and_
         wait_until(lambda: sum(one.poll() is None for one in servers) <= 1, "all but one have given up")
         (winner,) = [one for one in servers if one.poll() is None]
         manager = hwpoison.connect(str(path), maps=False)
-        assert manager.pid == winner.pid
+        assert keeper_of(manager.pid) == winner.pid
         manager.close()
         winner.send_signal(signal.SIGTERM)
         assert winner.wait(SECONDS_MAX) == 0

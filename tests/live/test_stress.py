@@ -38,6 +38,8 @@ MEMORY_LIMIT = 1500 * PAGE
 HANG_SECONDS = 60.0
 STRIKERS = 3
 STRIKES_PER_SECOND = 90
+KILLS_PER_SECOND = 6
+"""Of the manager, where it is to die."""
 HARMS_PER_SECOND = 4
 """Processes that are killed, stopped, or go on after that."""
 NAMES = {ANONYMOUS: "anonymous", BOOK: "book", CONSTANT: "constant"}
@@ -48,7 +50,7 @@ def descriptors(pid: int) -> Counter[str]:
     found: Counter[str] = Counter()
     for fd in os.listdir(f"/proc/{pid}/fd"):
         with suppress(FileNotFoundError):
-            found[os.readlink(f"/proc/{pid}/fd/{fd}").split(":[")[0]] += 1
+            found[os.readlink(f"/proc/{pid}/fd/{fd}").replace(f"/proc/{pid}/", "/proc/self/").split(":[")[0]] += 1
     return found
 
 
@@ -115,8 +117,10 @@ class Crew:
 class Stress:
     """One run."""
 
-    def __init__(self, folder: Path, seed: str) -> None:
+    def __init__(self, folder: Path, seed: str, kills: int = 0) -> None:
         self.folder = folder
+        self.kills = kills
+        """How often the manager is to be killed."""
         self.seed = seed
         self.random = random.Random(f"{seed} main")
         self.table = Table(folder / "table", len(ROLES))
@@ -127,6 +131,7 @@ class Stress:
         self.manager = hwpoison.Manager(memory_limit=MEMORY_LIMIT)
         self.manager.report(pid=os.getpid(), address=0)
         list(self.manager.events())  # now the manager has opened its log
+        self.keeper = keeper_of(self.manager.pid)
         self.descriptors = descriptors(self.manager.pid)
         self.sockets = descriptors(os.getpid())["socket"]
         self.memories = {
@@ -185,12 +190,25 @@ class Stress:
                 frame = frame_at(address, pid)
         return self.manager.report(pfn=frame) if frame else self.strike_name(chance)
 
+    def kill_the_manager(self) -> None:
+        """Whichever it is now, again and again."""
+        chance = random.Random(f"{self.seed} killer")
+        for _ in range(self.kills):
+            if self.striking.wait(chance.expovariate(KILLS_PER_SECOND)):
+                return
+            # None, while the next one is being made.
+            for pid in Path(f"/proc/{self.keeper}/task/{self.keeper}/children").read_text().split():
+                with suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+                    self.endings["managers"] += 1
+
     # --- the run
 
     def run(self, seconds: float) -> None:
         for slot in range(len(ROLES)):
             self.crew.bear(slot)
         strikers = [threading.Thread(target=self.strike_again_and_again, args=(number,)) for number in range(STRIKERS)]
+        strikers.append(threading.Thread(target=self.kill_the_manager))
         for one in strikers:
             one.start()
         try:
@@ -302,7 +320,9 @@ class Stress:
         assert sum(said.outcomes.values()) == sum(said.states.values()) - said.states.get(State.ALREADY_POISONED, 0)
         assert said.outcomes.get(Outcome.FAILED, 0) == said.outcomes.get(Outcome.DELAYED, 0) == 0
         assert said.quarantined == ledger.isolated * PAGE
-        assert said.accesses_to_lost == ledger.counts["access"]
+        assert self.kills or said.accesses_to_lost == ledger.counts["access"]
+        # One that was killed already can be killed again.
+        assert self.kills // 2 <= said.restarts <= self.endings["managers"]
         # The bytes of an object end within its last page.
         assert said.memory_present == sum(-(-one.present // PAGE) * PAGE for one in self.manager.objects())
 
@@ -329,10 +349,10 @@ class Stress:
         expected["pipe"] += 2 * -(-self.ledger.isolated // PIPE_FRAMES)
         expected["socket"] += descriptors(os.getpid())["socket"] - self.sockets  # this process has opened more channels
         assert descriptors(self.manager.pid) == expected
-        manager, keeper = self.manager.pid, keeper_of(self.manager.pid)
+        manager = self.manager.pid
         self.manager.close()
         assert not os.path.exists(f"/proc/{manager}")
-        assert not os.path.exists(f"/proc/{keeper}")
+        assert not os.path.exists(f"/proc/{self.keeper}")
         assert self.manager.socket not in Path("/proc/net/unix").read_text()
 
     def reckon_variety(self) -> None:
@@ -357,10 +377,10 @@ def fault_handler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONFAULTHANDLER", "1")
 
 
-def stress(folder: Path, seconds: float) -> None:
+def stress(folder: Path, seconds: float, kills: int = 0) -> None:
     seed = os.environ.get("HWPOISON_STRESS_SEED") or str(random.SystemRandom().randrange(1 << 32))
     print(f"HWPOISON_STRESS_SEED={seed}")
-    run = Stress(folder, seed)
+    run = Stress(folder, seed, kills)
     try:
         run.run(seconds)
         run.reckon()
@@ -371,7 +391,16 @@ def stress(folder: Path, seconds: float) -> None:
 
 
 def test_at_any_moment_every_byte_is_right_or_refused_and_every_loss_is_told_once(tmp_path: Path) -> None:
-    stress(tmp_path, 20)
+    stress(tmp_path, 15)
+
+
+def test_so_it_is_too_if_the_manager_is_killed_a_hundred_times(tmp_path: Path) -> None:
+    stress(tmp_path, 120 / KILLS_PER_SECOND, kills=100)
+
+
+@pytest.mark.soak
+def test_and_if_it_is_killed_a_thousand_times(tmp_path: Path) -> None:
+    stress(tmp_path, 1100 / KILLS_PER_SECOND, kills=1000)
 
 
 @pytest.mark.soak

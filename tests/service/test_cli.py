@@ -16,6 +16,7 @@ import pytest
 from hwpoison.cli import COMMANDS
 from hwpoison.core.records import Event
 from hwpoison.service.eventlog import EventLog
+from tests.live.process import kill_service, manager_of
 from tests.service.command import COMMAND, assert_refused, run, serving, started, terminal
 from tests.support import SECONDS_MAX, wait_until
 
@@ -130,10 +131,10 @@ def test_a_manager_that_talks_nonsense_or_hangs_up_is_status_3(tmp_path: Path) -
 @live
 def test_a_manager_that_goes_away_while_it_is_asked_is_status_3(tmp_path: Path) -> None:
     with serving(tmp_path / "socket") as server:
-        server.send_signal(signal.SIGSTOP)
+        os.kill(manager_of(server.pid), signal.SIGSTOP)
         with started("status", "--socket", tmp_path / "socket") as asking:
             wait_until(lambda: has_socket(asking), "the command has connected")
-            server.kill()
+            kill_service(server.pid)
             server.wait(SECONDS_MAX)
             output, errors = asking.communicate(timeout=SECONDS_MAX)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import pytest
 
 from hwpoison.simulation.explore import explore
-from hwpoison.simulation.matrix import APART, STATES, apart, deaths, explore_all, old_kernels, pairs, two_pages
+from hwpoison.simulation.matrix import APART, STATES, apart, deaths, explore_all, old_kernels, pairs, restarts, two_pages
 from hwpoison.simulation.operations import OPERATIONS, applies
 from hwpoison.simulation.scenario import Scenario
 
@@ -63,6 +63,15 @@ def test_each_matrix_has_every_state_with_every_operation_that_there_is() -> Non
         found = {(one.kind, one.states[0], name) for one in scenarios for name, _ in one.operations}
         assert found == {one for one in wanted if one[2] not in left_out}
     assert {page for one in two_pages() for _, page in one.operations} == {0, 1}
+
+
+def test_wherever_the_manager_dies_the_next_one_goes_on_as_if_nothing_had_been() -> None:
+    assert explored(restarts()) > 300
+
+
+@pytest.mark.soak
+def test_and_wherever_that_one_dies_too() -> None:
+    assert explored(restarts(2)) > 300
 
 
 @pytest.mark.parametrize("kind", STATES)

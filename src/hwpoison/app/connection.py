@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import select
 import socket
 import weakref
 from collections import deque
@@ -17,7 +18,13 @@ from itertools import count
 from typing import TypeVar
 
 from hwpoison import protocol
+from hwpoison.linux.lifeline import Lifeline
 from hwpoison.linux.userfaultfd import NEEDED, NO_FEATURE, Feature, Opened, open_userfaultfd
+
+REFUSALS_MAX = 3
+"""So often one manager may close the channel of a request before that counts as its answer."""
+REFUSAL_SECONDS = 1.0
+"""How long a manager that could not take a channel may need to say so."""
 
 Reply = TypeVar("Reply", bound=protocol.Message)
 
@@ -39,6 +46,22 @@ class Descriptor:
             close(self.number)
 
 
+class NoWelcomeError(ConnectionError):
+    """The manager has closed the connection instead of answering: it has died, and where it serves there is another one."""
+
+
+class Channel:
+    """A socket for requests; another one when the manager has died."""
+
+    __slots__ = ("socket",)
+
+    def __init__(self, socket_: socket.socket) -> None:
+        self.socket = socket_
+
+    def close(self) -> None:
+        self.socket.close()
+
+
 class Watch(weakref.ref[mmap.mmap]):
     """Sees the end of a mapping. What is done then must be one call into C, which no signal handler can interrupt."""
 
@@ -48,6 +71,9 @@ class Watch(weakref.ref[mmap.mmap]):
 
     number: int
     name: str
+
+
+_nothing_mapped = mmap.mmap(-1, 1)
 
 
 class Connection:
@@ -67,7 +93,10 @@ class Connection:
         """The userfaultfd, for who uses it in this thread while another may close all this."""
         self._numbers = count(1)
         self._control = channel
-        self._idle: deque[socket.socket] = deque()
+        self.life = 1
+        """How many managers there were, as far as is known here."""
+        self._lifeline: Lifeline | None = None
+        self._idle: deque[Channel] = deque()
         self._watched: dict[int, Watch] = {}
         self._unmapped: deque[Watch] = deque()
         self.closed = False
@@ -77,18 +106,25 @@ class Connection:
                 self.userfaultfd = open_userfaultfd((NEEDED | Feature.POISON) & ~without)
                 # Kept until `close`: mappings may outlive all objects of ours, and need it if the manager is killed.
                 self.descriptor = Descriptor(self.userfaultfd.fd, kept=True)
-                fds = [self.userfaultfd.fd]
+                self._lifeline = Lifeline()
+                fds = [self.userfaultfd.fd, self._lifeline.other]
             reply, board = self._exchange(channel, protocol.Hello(), fds)
             if isinstance(reply, protocol.Failed):
                 raise protocol.error_of(reply)
             assert isinstance(reply, protocol.Welcome)
+            if self._lifeline is not None:
+                self._lifeline.given()
         except BaseException as error:
             channel.close()
             self._drop_descriptor()
-            if isinstance(error, EOFError):
-                raise ConnectionError(f"no manager answers at {socket_name}: {error}") from error
+            if self._lifeline is not None:
+                self._lifeline.close()
+            if isinstance(error, (EOFError, ConnectionResetError, BrokenPipeError)):
+                raise NoWelcomeError(f"no manager answers at {socket_name}: {error}") from error
             raise
         self.welcome = reply
+        self.pid = reply.pid
+        """The manager's process, as far as is known here."""
         if board:
             self.words = memoryview(mmap.mmap(board[0], 0)).cast("Q")
             os.close(board[0])
@@ -130,33 +166,47 @@ class Connection:
         return self._checked(message, kind, reply), reply_fds
 
     def ask(
-        self, channel: socket.socket, message: protocol.Message, kind: type[Reply], fds: list[int] | None = None
+        self, channel: Channel, message: protocol.Message, kind: type[Reply], fds: list[int] | None = None
     ) -> tuple[Reply, list[int]]:
         """As `request_fds`, on a channel that the caller has taken and closes if anything goes wrong."""
         reply, reply_fds = self._answer(channel, message, fds)
         return self._checked(message, kind, reply), reply_fds
 
-    def take_channel(self) -> socket.socket:
+    def take_channel(self) -> Channel:
         """A channel for several requests that belong together. If it is closed, the manager forgets what they began."""
         self.check()
         with suppress(IndexError):
             return self._idle.popleft()
-        return self.new_channel(protocol.AddChannel())
+        return Channel(self.new_channel(protocol.AddChannel()))
 
-    def give_back(self, channel: socket.socket) -> None:
+    def give_back(self, channel: Channel) -> None:
         """All its requests have got their replies."""
         self._idle.append(channel)
 
     def _answer(
-        self, channel: socket.socket, message: protocol.Message, fds: list[int] | None
+        self, channel: Channel, message: protocol.Message, fds: list[int] | None
     ) -> tuple[protocol.Message, list[int]]:
-        try:
-            self._say_unmapped(channel)
-            return self._exchange(channel, message, fds)
-        except protocol.NoDescriptorError:
-            raise
-        except (OSError, EOFError) as error:
-            raise self._gone(error) from error
+        self._say_unmapped(channel)
+        return self._exchange_again(channel, message, fds)
+
+    def _exchange_again(
+        self, channel: Channel, message: protocol.Message, fds: list[int] | None = None
+    ) -> tuple[protocol.Message, list[int]]:
+        """The reply: of the next manager, on another channel, if this one dies. Raises ConnectionError if there is none."""
+        refused, life = 0, self.life
+        while True:
+            try:
+                return self._exchange(channel.socket, message, fds)
+            except protocol.NoDescriptorError:
+                raise
+            except (OSError, EOFError) as error:
+                # The manager has died, or has had enough of this channel.
+                channel.close()
+                channel.socket = self.new_channel(protocol.AddChannel())
+                refused = refused + 1 if life == self.life else 0
+                life = self.life
+                if refused > REFUSALS_MAX:
+                    raise self._gone(error) from error
 
     @staticmethod
     def _checked(message: protocol.Message, kind: type[Reply], reply: protocol.Message) -> Reply:
@@ -178,48 +228,72 @@ class Connection:
             return protocol.receive_reply(channel)
 
     def new_channel(self, message: protocol.AddChannel | protocol.Listen) -> socket.socket:
-        """A new socket pair, of which the manager has the other end. Asked for on the first channel, which is for that.
+        """A new socket pair, of which the manager has the other end. Asked for on the first channel, which is for that, and
+        which outlives the manager.
 
         The answer comes by the new one, so an interrupt leaves nothing behind that somebody else would read.
         """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            reply = self._welcome(ours, theirs, message)
-        except (OSError, EOFError) as error:
+        while True:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            try:
+                with theirs:
+                    protocol.send(self._control, message, [theirs.fileno()])
+                reply = self._welcome(ours)
+            except (OSError, EOFError) as error:
+                ours.close()
+                raise self._gone(error) from error
+            except BaseException:
+                ours.close()
+                raise
+            if isinstance(reply, protocol.Added):
+                self.life, self.pid = reply.life, reply.pid
+                return ours
             ours.close()
-            raise self._gone(error) from error
-        except BaseException:
-            ours.close()
-            raise
-        if isinstance(reply, protocol.Failed):
-            ours.close()
-            raise protocol.error_of(reply)
-        return ours
+            if reply is not None:
+                raise protocol.error_of(reply)
 
-    def _welcome(
-        self, ours: socket.socket, theirs: socket.socket, message: protocol.AddChannel | protocol.Listen
-    ) -> protocol.Message:
-        try:
-            with theirs:
-                protocol.send(self._control, message, [theirs.fileno()])
-            return protocol.receive_reply(ours)[0]
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            # It could not take the descriptor, or has closed the connection: it says so where it was asked.
-            return protocol.receive_reply(self._control)[0]
+    def _welcome(self, ours: socket.socket) -> protocol.Added | protocol.Failed | None:
+        """What the manager says to a new channel. None if it has died meanwhile: then the next one is to be asked."""
+        with suppress(EOFError, ConnectionResetError):
+            reply, _ = protocol.receive_reply(ours)
+            assert isinstance(reply, (protocol.Added, protocol.Failed))
+            return reply
+        # It is dead, or could not take the descriptor: then it says so where it was asked.
+        poll = select.poll()
+        poll.register(self._control, select.POLLIN)
+        while poll.poll(REFUSAL_SECONDS * 1000):
+            said, fds = protocol.receive_reply(self._control)
+            for fd in fds:
+                os.close(fd)
+            if isinstance(said, protocol.Failed):
+                return said
+        return None
 
     def mapped(self) -> list[str]:
         """The names of memories that are mapped, those too of which nothing is left but views."""
         mappings = [(watch.name, watch()) for watch in list(self._watched.values())]
         return [name for name, mapping in mappings if mapping is not None and not mapping.closed]
 
-    def watch_mapping(self, mapping: mmap.mmap, name: str) -> int:
-        """A number for `mapping`, which is about to be made known. When it is gone, the manager is told with the next
-        request."""
+    def watch_mapping(self, mapping: mmap.mmap, name: str, number: int | None = None) -> int:
+        """A number for `mapping`, which is about to be made known: `number`, if it has one. When it is gone, the manager is
+        told with the next request."""
         watch = Watch(mapping, self._unmapped.append)
-        watch.number = next(self._numbers)
+        watch.number = self.new_number() if number is None else number
         watch.name = name
         self._watched[watch.number] = watch
+        if self._lifeline is not None:
+            self._lifeline.arm()
         return watch.number
+
+    def new_number(self) -> int:
+        """For a mapping that is to be made, or a report."""
+        return next(self._numbers)
+
+    def not_mapped(self, number: int) -> None:
+        """The mapping of that number will not be made: the manager is told with the next request."""
+        watch = Watch(_nothing_mapped)
+        watch.number, watch.name = number, ""
+        self._unmapped.append(watch)
 
     def unmapped(self, number: int) -> None:
         """The mapping is gone; the manager is told with the next request. Twice is as good as once."""
@@ -232,41 +306,47 @@ class Connection:
         channel = self.take_channel()
         try:
             self._say_unmapped(channel)
-        except BaseException as error:
+        except BaseException:
             channel.close()
-            if isinstance(error, (OSError, EOFError)):
-                raise self._gone(error) from error
             raise
         self.give_back(channel)
 
-    def _say_unmapped(self, channel: socket.socket) -> None:
+    def _say_unmapped(self, channel: Channel) -> None:
         while True:
             try:
                 watch = self._unmapped[0]
             except IndexError:
                 return
-            self._exchange(channel, protocol.Unmap(watch.number))
+            self._exchange_again(channel, protocol.Unmap(watch.number))
             # Only now, for an interrupt's sake. If two threads say it, the second one is wrong, which harms nobody.
             self._watched.pop(watch.number, None)
             with suppress(ValueError):
                 self._unmapped.remove(watch)
+            if not self._watched and self._lifeline is not None:
+                self._lifeline.disarm()
 
     def _gone(self, error: BaseException) -> ConnectionError:
         return ConnectionError(f"the manager of {self.socket_name} is gone: {error}")
 
     def abandon(self) -> None:
         """Close the channels; mappings are served on. For a process that ends."""
-        for channel in (self._control, *self._idle):
+        if self._lifeline is not None:
+            self._lifeline.disarm()
+        self._control.close()
+        for channel in self._idle:
             channel.close()
 
     def close(self) -> None:
         """Say goodbye. All mappings must be gone."""
         if self.closed:
             return
+        if self._lifeline is not None:
+            self._lifeline.close()
         with suppress(OSError):
             self.request(protocol.Goodbye(), protocol.Done)
         self.closed = True
-        for channel in (self._control, *self._idle):
+        self._control.close()
+        for channel in self._idle:
             channel.close()
         self._drop_descriptor()
 

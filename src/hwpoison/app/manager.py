@@ -22,7 +22,7 @@ from typing import Literal, Self
 from hwpoison import events as event_log
 from hwpoison import protocol
 from hwpoison.app.checking import not_negative, text, true_or_false, whole
-from hwpoison.app.connection import Connection, Descriptor
+from hwpoison.app.connection import Channel, Connection, Descriptor, NoWelcomeError
 from hwpoison.app.memory import Memory
 from hwpoison.app.notices import Notices
 from hwpoison.core.records import Failure, Report, Source
@@ -34,6 +34,8 @@ SOCKET_VARIABLE = "HWPOISON_SOCKET"
 
 Socket = socket.socket
 """Where `socket` is the name of something else."""
+CONNECT_ATTEMPTS = 10
+"""A manager may die with a client that it has just accepted; so many in a row do not."""
 MEMORY_LIMIT_MAX = (1 << 63) - 1
 """Bytes: the most that can be said in a message."""
 NAME = "an object's name, as objects() shows it,"
@@ -56,7 +58,7 @@ class BaseManager:
     @property
     def pid(self) -> int:
         """The manager's process id."""
-        return self.connection.welcome.pid
+        return self.connection.pid
 
     @property
     def socket(self) -> str:
@@ -110,9 +112,10 @@ class BaseManager:
         """As `attach`, if it is still that object. For `pickle`."""
         return self._memory(protocol.Attach(name, number))
 
-    def _memory(self, message: protocol.Message, fds: list[int] | None = None) -> Memory:
+    def _memory(self, message: protocol.Allocate | protocol.Open | protocol.Attach, fds: list[int] | None = None) -> Memory:
         # Until it is mapped, the manager holds it for us, and gives it up when the channel ends.
         channel = self.connection.take_channel()
+        message.mapping = number = self.connection.new_number()
         memory = None
         try:
             memory = self._mapped(channel, message, fds)
@@ -121,16 +124,20 @@ class BaseManager:
         except BaseException:
             if memory is None:
                 channel.close()
+                # If the manager has died meanwhile, the next one does not know the channel.
+                self.connection.not_mapped(number)
             else:
                 self._open.pop(id(memory), None)
             raise
         return memory
 
-    def _mapped(self, channel: Socket, message: protocol.Message, fds: list[int] | None) -> Memory:
+    def _mapped(
+        self, channel: Channel, message: protocol.Allocate | protocol.Open | protocol.Attach, fds: list[int] | None
+    ) -> Memory:
         memory_fds: list[int] = []
         try:
             found, memory_fds = self.connection.ask(channel, message, protocol.Found, fds)
-            return Memory(self, found, Descriptor(memory_fds.pop()), channel)
+            return Memory(self, found, Descriptor(memory_fds.pop()), channel, message.mapping)
         finally:
             for fd in memory_fds:
                 os.close(fd)
@@ -215,7 +222,7 @@ class BaseManager:
         return memory.name
 
     def _report(self, report: Report) -> Failure:
-        return self.connection.request(protocol.ReportPage(report), protocol.Handled).failure
+        return self.connection.request(protocol.ReportPage(report, self.connection.new_number()), protocol.Handled).failure
 
     # --- what is and what was
 
@@ -237,6 +244,16 @@ class BaseManager:
             return iter(())
 
     # --- its life
+
+    def restart(self) -> int:
+        """Replace the manager by another one, of the version of hwpoison that is installed by now; its process id.
+
+        Memories, views, losses and what is under way stay as they are: nobody notices more than a slow access. Raises
+        OSError, and leaves the manager alone, if the version that is installed can't take over from it.
+        """
+        life = self.statistics().restarts + 1
+        self.connection.request(protocol.Restart(life), protocol.Done)
+        return self.pid
 
     def close(self) -> None:
         """Flush and unmap all memories. Those that still have views stay, and so does the manager; a ResourceWarning
@@ -381,6 +398,16 @@ def connect(socket: str | os.PathLike[str] | None = None, *, maps: bool = True) 
         raise ValueError(f"a manager's socket has no NUL in its name: {socket_name!r}")
     if not socket_name.startswith("@"):
         socket_name = os.path.abspath(socket_name)
+    for attempts_left in reversed(range(CONNECT_ATTEMPTS)):
+        try:
+            return SharedManager(Connection(_connected(socket_name), socket_name, maps=maps))
+        except NoWelcomeError:
+            if not attempts_left:
+                raise
+    raise AssertionError("the last attempt has raised")
+
+
+def _connected(socket_name: str) -> Socket:
     channel = Socket(AF_UNIX, SOCK_SEQPACKET)
     try:
         channel.connect(protocol.address_of(socket_name))
@@ -391,7 +418,7 @@ def connect(socket: str | os.PathLike[str] | None = None, *, maps: bool = True) 
         channel.close()
         why = f"no manager serves at {socket_name}: {error.strerror or error}; start one with hwpoison serve"
         raise ConnectionError(error.errno or errno.EINVAL, why) from error
-    return SharedManager(Connection(channel, socket_name, maps=maps))
+    return channel
 
 
 def _whose(socket_name: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import socket
 import threading
 import weakref
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import numpy.typing
 
 from hwpoison import protocol
 from hwpoison.app.checking import as_bytes, whole
-from hwpoison.app.connection import Descriptor, Reply, Watch
+from hwpoison.app.connection import Channel, Descriptor, Reply, Watch
 from hwpoison.app.view import GuardedView, Visit, array_over, memory_of
 from hwpoison.core.machine import Content
 from hwpoison.core.records import Notice
@@ -70,7 +69,9 @@ class Memory:
     else a ConnectionError.
     """
 
-    def __init__(self, manager: BaseManager, found: protocol.Found, descriptor: Descriptor, channel: socket.socket) -> None:
+    def __init__(
+        self, manager: BaseManager, found: protocol.Found, descriptor: Descriptor, channel: Channel, number: int
+    ) -> None:
         self._manager = manager
         self._connection = manager.connection
         self._found = found
@@ -84,7 +85,7 @@ class Memory:
         self.writable = found.writable
         self._mapping = self._map(guarded=False)
         self.address = syscalls.address_of(self._mapping)
-        self._number, mapped = self._register(self._mapping, guarded=False, channel=channel)
+        self._number, mapped = self._register(self._mapping, guarded=False, channel=channel, number=number)
         self._errors = mapped.errors
         """How many errors of the object had happened when this handle was last told of them."""
         self._guarded: GuardedView | None = None
@@ -116,7 +117,7 @@ class Memory:
         return mapping
 
     def _register(
-        self, mapping: mmap.mmap, *, guarded: bool, channel: socket.socket | None = None
+        self, mapping: mmap.mmap, *, guarded: bool, channel: Channel | None = None, number: int | None = None
     ) -> tuple[int, protocol.Mapped]:
         """Register it, and only then let the manager, and then anybody, know of it. Its number, and the reply."""
         opened = self._connection.descriptor
@@ -130,7 +131,7 @@ class Memory:
             userfaultfd.protect(opened.number, address, len(mapping), on=True)
         _mapped[Watch(mapping, _mapped.pop)] = address, len(mapping)
         # Before it is known: if this is interrupted, the manager may know it and we may not.
-        number = self._connection.watch_mapping(mapping, self.name)
+        number = self._connection.watch_mapping(mapping, self.name, number)
         request = protocol.Map(self._found.object, address, number, guarded)
         if channel is None:
             return number, self._ask(request, protocol.Mapped)

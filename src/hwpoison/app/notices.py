@@ -58,22 +58,23 @@ class Notices:
         self._connection.check()
         with self._lock:
             if self._channel is None:
-                self._channel = self._started()
+                self._start()
             # What is told meanwhile waits for the lock.
             since = self._connection.request(protocol.CountLosses(), protocol.Losses).count
             entry = Entry(memory, function, since)
             self._functions.append(entry)
         return Handle(self, entry)
 
-    def _started(self) -> socket.socket:
-        channel = self._connection.new_channel(protocol.Listen())
+    def _start(self) -> None:
+        # Known before the thread may have to look for another one.
+        channel = self._channel = self._connection.new_channel(protocol.Listen())
         try:
             threading.Thread(target=self._run, args=(channel,), name="hwpoison-notices", daemon=True).start()
         except BaseException:
+            self._channel = None
             channel.shutdown(socket.SHUT_RDWR)
             channel.close()
             raise
-        return channel
 
     def forget(self, memory: Memory) -> None:
         """It is closed: its functions are called no more."""
@@ -86,21 +87,47 @@ class Notices:
                 self._functions.remove(entry)
 
     def _run(self, channel: socket.socket) -> None:
+        last = 0
         while True:
             try:
                 data, _ = protocol.receive(channel)
             except OSError:
-                return
+                data = b""
             if not data:
-                return
+                # It was closed here, or the manager has died.
+                again = self._listen_again(channel, last)
+                if again is None:
+                    return
+                channel = again
+                continue
             try:
-                self._deliver(protocol.decode_reply(data))
+                last = self._deliver(protocol.decode_reply(data), last)
             except Exception:
                 log.exception("a notice could not be delivered")
 
-    def _deliver(self, message: protocol.Reply) -> None:
-        if isinstance(message, protocol.Told):
-            self._call(message)
+    def _listen_again(self, channel: socket.socket, last: int) -> socket.socket | None:
+        """Another channel in place of this one, by which the next manager goes on after notice number `last`."""
+        if self._channel is not channel:
+            return None
+        try:
+            again = self._connection.new_channel(protocol.Listen(last))
+        except OSError:
+            return None
+        # In one step with the look whether it is still wanted; `close` may come at any moment.
+        with self._lock:
+            if self._channel is not channel:
+                again.close()
+                return None
+            self._channel = again
+        channel.close()
+        return again
+
+    def _deliver(self, message: protocol.Reply, last: int) -> int:
+        """Call the functions, if it is news; the number of the last one that was."""
+        if not isinstance(message, protocol.Told) or message.number <= last:
+            return last
+        self._call(message)
+        return message.number
 
     def _call(self, told: protocol.Told) -> None:
         with self._lock:

@@ -28,6 +28,7 @@ class Place(NamedTuple):
 COMMANDS = {
     "run": Place("hwpoison.cli.run:run", "Run a command with a manager of its own."),
     "serve": Place("hwpoison.cli.serve:serve", "Run a manager that processes share."),
+    "restart": Place("hwpoison.cli.restart:restart", "Replace a manager, after an upgrade, while programs go on."),
     "status": Place("hwpoison.cli.status:status", "Show how a manager is doing, and whether anything is lost."),
     "objects": Place("hwpoison.cli.objects:objects", "List the memory that a manager owns."),
     "inject": Place("hwpoison.cli.inject:inject", "Simulate a failure of one page."),

@@ -57,6 +57,7 @@ def _rows(statistics: Statistics, lost: int) -> list[tuple[str, str]]:
     again = states.pop(State.ALREADY_POISONED.value, 0)
     return [
         ("Manager", f"process {statistics.pid} at {statistics.socket}"),
+        *([("Restarts", str(statistics.restarts))] if statistics.restarts else []),
         ("Clients", str(statistics.clients)),
         ("Objects", str(statistics.objects)),
         ("Memory in use", f"{size_text(statistics.memory_present)} ({allowed})"),

@@ -11,12 +11,15 @@ from collections.abc import Coroutine, Iterator
 from typing import Any
 
 from hwpoison.core.accounting import Observer, Statistics
+from hwpoison.core.journal import AskedBy, Journal
 from hwpoison.core.machine import Machine
-from hwpoison.core.mappings import Client
+from hwpoison.core.mappings import Client, Mapping
 from hwpoison.core.objects import MemoryObject
 from hwpoison.core.reclaim import Reclaim
-from hwpoison.core.records import Event, Notice
+from hwpoison.core.records import Event, Failure, Notice
 
+LIFE_BITS = 32
+"""Numbers that one manager can give, as a power of two."""
 WINDOW_BYTES = 2 << 20
 """Most that is brought in, or written back, at a time."""
 
@@ -30,11 +33,13 @@ class Books:
         observer: Observer,
         *,
         instance: str,
+        life: int = 1,
         memory_limit: int | None = None,
         offline_foreign: bool = False,
     ) -> None:
         self.machine = machine
         self.observer = observer
+        self.journal = Journal(machine.records)
         self.offline_foreign = offline_foreign
         self.statistics = Statistics()
         self._zeros = memoryview(b"")
@@ -43,12 +48,18 @@ class Books:
         self.reclaim = Reclaim(self.objects, self.statistics, limit)
         self.lost_changes_of: Counter[tuple[int, int]] = Counter()
         """How many pages of each file (device, inode) are lost with changes that it does not have."""
-        self._instance = instance
+        self.instance = instance
+        self.life = life
+        """How many managers there were, with this one."""
         self._events = 0
         self._numbers = 0
         self._objects: dict[str, MemoryObject] = {}
         self._clients: dict[int, Client] = {}
         self._tasks: dict[asyncio.Task[None], None] = {}
+        self.answers: dict[AskedBy, asyncio.Future[Failure]] = {}
+        """Of reports that a manager before this one has begun, or has not answered."""
+        self.promises: dict[AskedBy, MemoryObject] = {}
+        """Objects that stay although nobody maps them: clients have asked for them, and are about to."""
 
     # --- what there is
 
@@ -65,6 +76,26 @@ class Books:
 
     def clients(self) -> list[Client]:
         return list(self._clients.values())
+
+    def inherit(self, one: MemoryObject | Client) -> None:
+        """It was there before this manager (`core.takeover`)."""
+        if isinstance(one, MemoryObject):
+            self._objects[one.name] = one
+        else:
+            self._clients[one.number] = one
+
+    def add_mapping(self, mapping: Mapping) -> None:
+        """The client shows the object there from now on. What was there before is gone."""
+        client = mapping.client
+        for stale in client.mappings:
+            if stale.address < mapping.end_address and mapping.address < stale.end_address:
+                # Unmapped by another thread, which has not come to say so yet. It ends when the client says so.
+                client.remove(stale)
+                stale.object.mappings.remove(stale)
+                client.vacated[stale] = None
+        client.add(mapping)
+        mapping.object.mappings.add(mapping)
+        mapping.object.references += 1
 
     def clients_of(self, pid: int) -> Iterator[Client]:
         return (client for client in self.clients() if client.pid == pid)
@@ -109,7 +140,13 @@ class Books:
 
     def new_event_id(self) -> str:
         self._events += 1
-        return f"{self._instance}-{self._events}"
+        life = "" if self.life == 1 else f"{self.life}."
+        return f"{self.instance}-{life}{self._events}"
+
+    def new_number(self) -> int:
+        """For an object, a client or a mapping: none is used twice, by the managers before this one neither."""
+        self._numbers += 1
+        return (self.life - 1 << LIFE_BITS) + self._numbers
 
     def record(
         self,

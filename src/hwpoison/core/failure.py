@@ -12,12 +12,15 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import IntFlag
 from functools import cache
+from typing import Any
 
 from hwpoison.core.books import Books
+from hwpoison.core.journal import AskedBy, report_of
 from hwpoison.core.locks import Held
 from hwpoison.core.machine import Frame, StaleFrameError
 from hwpoison.core.objects import Kind, Loss, MemoryObject
 from hwpoison.core.pages import DIRTY, LOST, POISONED, PRESENT, WRITEBACK
+from hwpoison.core.policy import owners_of, pids_of
 from hwpoison.core.records import Failure, Outcome, Report, State
 from hwpoison.core.recovery import UnreadableError, declare_unreadable, isolate, lose, lose_block, read_in
 
@@ -62,6 +65,7 @@ class Handling:
     report: Report
     event_id: str
     place: Place
+    asked_by: AskedBy | None = None
     state: State = State.UNKNOWN
     victims: tuple[int, ...] = ()
     reason: str = ""
@@ -78,6 +82,12 @@ class Handling:
     def loss(self, outcome: Outcome) -> Loss:
         return Loss(self.event_id, self.state, outcome, self.reason)
 
+    def write_down(self, state: str = "", *, isolated: bool = False) -> None:
+        """For a successor: this is being handled; if the page has a state, it may be isolated from now on."""
+        self.books.journal.failure(
+            self.event_id, self.object, self.page, self.report, self.asked_by, state=state, isolated=isolated
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -91,36 +101,49 @@ class Row:
     """What the action does, for `docs/states.md`."""
 
 
-async def memory_failure(books: Books, report: Report) -> Failure:
+async def memory_failure(books: Books, report: Report, asked_by: AskedBy | None = None) -> Failure:
     """Handle `report`. Never raises for what it finds; every way out goes through `_finish`."""
     started = asyncio.get_running_loop().time()
     place = await _locate(books, report)
-    handling = Handling(books, report, books.new_event_id(), place)
-    _record_report(handling)
+    handling = Handling(books, report, books.new_event_id(), place, asked_by)
     row = identify(_observe(place))
     if row.state in DECIDED_WITHOUT_LOCK:
-        return _finish(handling, row, await _act(handling, row), started)
+        outcome = await _act(handling, row)
+        with books.journal.together():
+            _record_report(handling)
+            return _finish(handling, outcome, started)
 
     # From here on nobody else handles this page: the flag was clear (else the row had been "already poisoned page").
-    object_, page = handling.object, handling.page
-    object_.pages.set(POISONED, page)
+    with books.journal.together():
+        _record_report(handling)
+        handling.write_down()
+    handling.object.pages.set(POISONED, handling.page)
+    return await _handle(handling, started, _act)
+
+
+Act = Callable[[Handling, Row], Awaitable[Outcome]]
+
+
+async def _handle(handling: Handling, started: float, act: Act) -> Failure:
+    """The page of `handling` is poisoned: lock it, look what it is, and act."""
+    object_, page, place = handling.object, handling.page, handling.place
     held = object_.locks.hold(page)
     try:
         if not await _locked(handling, held):
             # What it was before the wait it may not be any more.
             row = identify(_observe(place, own=POISONED))
             handling.state = row.state
-            return _finish(handling, row, Outcome.FAILED, started)
+            return _finish(handling, Outcome.FAILED, started)
         try:
             await _io_settled(handling)
             row = identify(_observe(place, own=POISONED))
-            outcome = await _act(handling, row)
+            outcome = await act(handling, row)
         finally:
             object_.locks.release(held)
     finally:
         if not object_.pages.flags[page] & LOST:
             object_.pages.clear(POISONED, page)
-    return _finish(handling, row, outcome, started)
+    return _finish(handling, outcome, started)
 
 
 async def _locate(books: Books, report: Report) -> Place:
@@ -241,12 +264,12 @@ def _record_report(handling: Handling) -> None:
     )
 
 
-def _finish(handling: Handling, row: Row, outcome: Outcome, started: float) -> Failure:
+def _finish(handling: Handling, outcome: Outcome, started: float) -> Failure:
     """The one way out: make the result, count it, record it, say it."""
     books, place = handling.books, handling.place
     failure = Failure(
         event_id=handling.event_id,
-        state=row.state,
+        state=handling.state,
         outcome=outcome,
         victims=handling.victims,
         latency_us=(asyncio.get_running_loop().time() - started) * 1e6,
@@ -256,15 +279,17 @@ def _finish(handling: Handling, row: Row, outcome: Outcome, started: float) -> F
         reason=handling.reason,
     )
     books.statistics.count(failure)
-    books.record(
-        "outcome",
-        place.object,
-        place.page,
-        event_id=failure.event_id,
-        state=failure.state,
-        outcome=failure.outcome,
-        detail=failure.reason,
-    )
+    with books.journal.together():
+        books.journal.failure_over(failure, handling.asked_by, books.statistics)
+        books.record(
+            "outcome",
+            place.object,
+            place.page,
+            event_id=failure.event_id,
+            state=failure.state,
+            outcome=failure.outcome,
+            detail=failure.reason,
+        )
     where = f"{failure.name}+{failure.offset:#x}" if failure.name else handling.report.where
     books.observer.failure(where, failure)
     return failure
@@ -323,9 +348,8 @@ async def _nothing_there(handling: Handling) -> Outcome:
 async def _lose(handling: Handling) -> Outcome:
     """The only copy is gone: isolate, and tell the owners."""
     books, object_, page = handling.books, handling.object, handling.page
+    handling.write_down(handling.state)
     frame = isolate(object_, page, handling.place.pfn)
-    if object_.kind is Kind.FILE:
-        object_.error_sequence += 1
     if frame is None:
         return _lose_block(handling)
     isolated = _quarantine(handling, object_, frame)
@@ -341,11 +365,19 @@ def _lose_block(handling: Handling) -> Outcome:
 
 async def _read_again(handling: Handling) -> Outcome:
     """The file has it: isolate, and read it again, at once if anybody maps it."""
-    books, object_, page = handling.books, handling.object, handling.page
-    frame = isolate(object_, page, handling.place.pfn)
+    handling.write_down(handling.state)
+    frame = isolate(handling.object, handling.page, handling.place.pfn)
     if frame is None:
         return _lose_block(handling)
-    isolated = _quarantine(handling, object_, frame)
+    isolated = _quarantine(handling, handling.object, frame)
+    handling.write_down(handling.state, isolated=True)
+    await _have_back(handling)
+    return isolated
+
+
+async def _have_back(handling: Handling) -> None:
+    """An isolated page of a file is read again, if anybody maps it."""
+    books, object_, page = handling.books, handling.object, handling.page
     await object_.watch(page, 1)
     mappings = object_.mappings.covering(page)
     if mappings:
@@ -358,7 +390,34 @@ async def _read_again(handling: Handling) -> Outcome:
             for mapping in mappings[:WAKE_AT_ONCE]:
                 mapping.wake(page)
             books.record("refill", object_, page, event_id=handling.event_id)
-    return isolated
+
+
+async def finish(books: Books, event_id: str, object_: MemoryObject, value: list[Any]) -> Failure:
+    """A manager before this one has begun to handle a failure (`value`: as `core.journal` has it). The page is poisoned."""
+    _, page, state, isolated, report, asked_by = value
+    place = Place(object_, page, pfn=report_of(report).pfn)
+    handling = Handling(books, report_of(report), event_id, place, tuple(asked_by) if asked_by else None)
+
+    async def act(handling: Handling, row: Row) -> Outcome:
+        loss = object_.losses.get(page)
+        if loss is not None and loss.event_id == event_id:
+            # Its owners were told, or are in the journal.
+            handling.state, handling.reason = loss.state, loss.reason
+            handling.victims = pids_of(owners_of(object_, page))
+            return loss.outcome
+        if isolated or (state and row.state is State.FREE):
+            # Its frame is in quarantine.
+            handling.state = State(state)
+            if handling.state is not State.CLEAN_FILE:
+                handling.victims = lose(books, object_, page, handling.loss(Outcome.RECOVERED))
+            elif row.state is State.FREE:
+                await _have_back(handling)
+            elif row.state is State.CLEAN_FILE:
+                books.record("refill", object_, page, event_id=event_id)
+            return Outcome.RECOVERED
+        return await _act(handling, row)
+
+    return await _handle(handling, asyncio.get_running_loop().time(), act)
 
 
 def _quarantine(handling: Handling, object_: MemoryObject, frame: Frame) -> Outcome:

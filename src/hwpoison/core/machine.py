@@ -9,9 +9,10 @@ together with their contract case. Errors are `OSError` with the kernel's errno.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from enum import Enum
-from typing import NamedTuple, Protocol, overload
+from typing import Any, NamedTuple, Protocol, overload
 
 Content = bytes | bytearray | memoryview
 
@@ -32,6 +33,28 @@ class Table(Protocol):
     def __setitem__(self, index: slice, value: bytes | bytearray, /) -> None: ...
     def __len__(self) -> int: ...
     def find(self, wanted: bytes, first: int, end: int, /) -> int: ...
+
+
+Key = tuple[str | int, ...]
+
+
+class Records(Protocol):
+    """What outlives the manager: the last value of each key. Values are made of None, bool, int, float, str, list, dict."""
+
+    def put(self, key: Key, value: Any) -> None:
+        """From now on. Never raises: where there is no room, the manager will have no successor, and its owner is told."""
+
+    def drop(self, key: Key) -> None:
+        """It has no value any more."""
+
+    def together(self) -> AbstractContextManager[None]:
+        """All that is put and dropped within is as one: a successor finds all of it or nothing. Not across an await."""
+
+    def all(self) -> dict[Key, Any]:
+        """As the managers before this one have left it."""
+
+    def require(self) -> None:
+        """Raises MemoryError if there is not much room left."""
 
 
 class Identity(NamedTuple):
@@ -100,6 +123,16 @@ class Frame(Protocol):
 class Store(Protocol):
     """The memory of one object. Pages that were never published, or were taken or dropped, are absent."""
 
+    @property
+    def flags(self) -> Table:
+        """A byte for each page, for the core to use. It outlives the manager, as the memory does."""
+
+    def flagged(self) -> Iterator[tuple[int, int]]:
+        """(first, count) of runs of pages: outside of them nothing was ever stored in `flags`."""
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """(first, count) of the runs of pages that are present."""
+
     def take(self, page: int, number: int | None = None) -> Frame | None:
         """Pin the page's frame and remove the page from the object and every process; None if it was absent.
 
@@ -130,7 +163,7 @@ class Store(Protocol):
         """Change bytes (`offset` in bytes) of present pages. Nobody is told: no fault, no first write."""
 
     def close(self) -> None:
-        """The object is gone; clients that still map it keep what is present."""
+        """The object is gone, also for a successor; clients that still map it keep what is present."""
 
 
 class Space(Protocol):
@@ -177,6 +210,14 @@ class Hits(Protocol):
     """
 
     @property
+    def index(self) -> int:
+        """Which of its client's it is."""
+
+    @property
+    def count(self) -> int:
+        """How many losses it has met."""
+
+    @property
     def guarded(self) -> bool:
         """True while at least one guard is open on the view."""
 
@@ -205,11 +246,39 @@ class File(Protocol):
     async def sync(self) -> None:
         """All that was written is on the disk when this returns."""
 
+    def keep(self, number: int) -> None:
+        """A successor of the manager finds it as that of the object `number`."""
+
     async def close(self) -> None: ...
+
+
+class Inheritance(Protocol):
+    """What a manager finds of those before it, by the numbers of objects and clients."""
+
+    def store(self, number: int, name: str, nbytes: int) -> Store:
+        """The memory of an object."""
+
+    def transit(self, *, hold: bool) -> None:
+        """What becomes of the frame that was being taken out, if there is one: it is held in quarantine, or let go."""
+
+    def file(self, number: int) -> File: ...
+
+    def space(self, number: int, pid: int) -> Space:
+        """The address space of a client."""
+
+    def hits(self, number: int, index: int) -> Hits:
+        """The word of a client's guarded view."""
 
 
 class Machine(Protocol):
     """The operating system."""
+
+    @property
+    def records(self) -> Records: ...
+
+    @property
+    def held(self) -> int:
+        """Frames in quarantine."""
 
     @property
     def page_size(self) -> int: ...
@@ -222,8 +291,9 @@ class Machine(Protocol):
     def poison_markers(self) -> bool:
         """True if `Space.poison` exists here (Linux 6.6 and newer)."""
 
-    def create(self, name: str, nbytes: int) -> Store:
-        """Memory for a new object, all of it absent. Raises MemoryError."""
+    def create(self, name: str, nbytes: int, number: int = 0) -> Store:
+        """Memory for the new object `number` (0: one that no successor will ask for), all of it absent. Raises
+        MemoryError."""
 
     def table(self, nbytes: int) -> Table:
         """A table of zeros, at once, however large: memory comes where something is stored. Raises MemoryError."""

@@ -10,6 +10,7 @@ import asyncio
 from hwpoison.core import faults, writeback
 from hwpoison.core.books import Books
 from hwpoison.core.failure import memory_failure
+from hwpoison.core.journal import AskedBy
 from hwpoison.core.machine import File, Hits, Identity, Space
 from hwpoison.core.mappings import Client, Mapping
 from hwpoison.core.objects import Backing, MemoryObject
@@ -91,28 +92,44 @@ class MemoryManager(Books):
         return self._create(name, nbytes, Backing(file, offset, writable, identity))
 
     def _create(self, name: str | None, nbytes: int, backing: Backing | None) -> MemoryObject:
+        number = self.new_number()
         if name is None:
-            self._numbers += 1
-            name = f"anonymous-{self._numbers}"
+            name = f"anonymous-{number}"
         if name in self._objects:
             raise FileExistsError(f"the name {name!r} is taken by another object; pass another name=, or attach({name!r})")
         if not 0 < len(name) <= NAME_LIMIT or "\0" in name:
             raise ValueError(f"an object's name has 1 to {NAME_LIMIT} characters, and no NUL among them")
-        store = self.machine.create(name, nbytes)
-        self._numbers += 1
+        self.journal.require()
+        store = self.machine.create(name, nbytes, number)
         try:
             machine = self.machine
             object_ = MemoryObject(
-                self._numbers, name, nbytes, machine.page_size, store, backing, machine.table, machine.large_frame_bytes
+                number, name, nbytes, machine.page_size, store, backing, machine.table, machine.large_frame_bytes
             )
         except MemoryError:
             store.close()
             raise
+        if backing is not None:
+            backing.file.keep(number)
         self._objects[name] = object_
+        self.journal.object(object_)
         return object_
 
+    def promise(self, object_: MemoryObject, asked_by: AskedBy) -> None:
+        """The object stays although nobody maps it: a client is about to, also if this manager dies."""
+        self.journal.promised(asked_by, object_)
+        self.promises[asked_by] = object_
+        self.hold(object_)
+
+    def promise_over(self, asked_by: AskedBy) -> None:
+        """It has mapped it, or does not want to any more."""
+        object_ = self.promises.pop(asked_by, None)
+        if object_ is not None:
+            self.journal.promise_over(asked_by)
+            self.release(object_)
+
     def hold(self, object_: MemoryObject) -> None:
-        """The object stays although nobody maps it: a client is about to."""
+        """The object stays although nobody maps it, while this manager lives."""
         object_.references += 1
 
     def release(self, object_: MemoryObject) -> None:
@@ -151,6 +168,7 @@ class MemoryManager(Books):
                 )
             object_.closed = True
             del self._objects[object_.name]
+            self.journal.object_ended(object_)
             self.reclaim.left(object_, object_.pages.present)
             object_.store.close()
             if object_.backing is not None:
@@ -158,10 +176,10 @@ class MemoryManager(Books):
 
     # --- clients and their mappings
 
-    def add_client(self, space: Space) -> Client:
-        self._numbers += 1
-        client = Client(self._numbers, space, self.machine.page_size)
+    def add_client(self, space: Space, number: int | None = None) -> Client:
+        client = Client(self.new_number() if number is None else number, space, self.machine.page_size)
         self._clients[client.number] = client
+        self.journal.client(client)
         return client
 
     def remove_client(self, client: Client) -> None:
@@ -172,21 +190,16 @@ class MemoryManager(Books):
         del self._clients[client.number]
         for mapping in (*client.mappings, *client.vacated):
             self.unmap(mapping)
+        self.journal.client_gone(client)
 
     def map(self, client: Client, object_: MemoryObject, address: int, hits: Hits | None) -> Mapping:
         """`client` shows the whole object at `address`, registered with its userfaultfd. Raises ValueError."""
-        size = object_.pages.count * object_.page_size
         if address <= 0 or address % object_.page_size:
             raise ValueError(f"address {address:#x} is not that of a new mapping of {object_.name!r}")
-        for stale in client.mappings:
-            if stale.address < address + size and address < stale.end_address:
-                # Unmapped by another thread, which has not come to say so yet.
-                self._vacate(stale)
-        self._numbers += 1
-        mapping = Mapping(self._numbers, client, object_, address, 0, object_.pages.count, hits)
-        client.add(mapping)
-        object_.mappings.add(mapping)
-        self.hold(object_)
+        self.journal.require()
+        mapping = Mapping(self.new_number(), client, object_, address, 0, object_.pages.count, hits)
+        self.journal.mapping(mapping)
+        self.add_mapping(mapping)
         return mapping
 
     def unmap(self, mapping: Mapping) -> None:
@@ -196,13 +209,8 @@ class MemoryManager(Books):
         else:
             mapping.client.remove(mapping)
             mapping.object.mappings.remove(mapping)
+        self.journal.mapping_gone(mapping)
         self.release(mapping.object)
-
-    def _vacate(self, mapping: Mapping) -> None:
-        """The addresses show something else by now. The mapping ends when the client says so."""
-        mapping.client.remove(mapping)
-        mapping.object.mappings.remove(mapping)
-        mapping.client.vacated[mapping] = None
 
     # --- what happens
 
@@ -210,8 +218,15 @@ class MemoryManager(Books):
         """See `core.faults.fault`."""
         faults.fault(self, client, address, thread, write=write, protected=protected)
 
-    async def report(self, report: Report) -> Failure:
-        """See `core.failure.memory_failure`. Raises FileNotFoundError or ValueError for what names no page."""
+    async def report(self, report: Report, asked_by: AskedBy | None = None) -> Failure:
+        """See `core.failure.memory_failure`. `asked_by`: who gets the answer, from a successor if need be.
+
+        Raises FileNotFoundError or ValueError for what names no page.
+        """
+        begun = self.answers.get(asked_by) if asked_by is not None else None
+        if begun is not None:
+            # Who has asked goes on waiting if this is cancelled.
+            return await asyncio.shield(begun)
         ways = (report.name, report.pfn, report.pid)
         complete = (report.name is None) == (report.offset is None) and (report.pid is None) == (report.address is None)
         numbers = (report.offset, report.pfn, report.pid, report.address)
@@ -223,7 +238,13 @@ class MemoryManager(Books):
             raise ValueError("the offset, frame, process or address of a report is 0 or more")
         if report.name is not None:
             self.find(report.name).pages_of(report.offset or 0, 1)
-        return await memory_failure(self, report)
+        self.journal.require()
+        return await memory_failure(self, report, asked_by)
+
+    def answered(self, asked_by: AskedBy) -> None:
+        """Who has asked for a report has the answer."""
+        self.answers.pop(asked_by, None)
+        self.journal.answered(asked_by)
 
     async def flush(self, mapping: Mapping) -> None:
         """See `core.writeback.flush`. The client may go meanwhile; its object must not."""

@@ -46,12 +46,12 @@ class Backing:
     """An own write is in flight: meanwhile the file's identity says nothing."""
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held by the one who writes, or reads what must not be beside a write."""
-    place: tuple[int, int] = field(init=False)
-    """The file's device and inode, which stay."""
+    place: tuple[int, int] = (0, 0)
+    """The file's device and inode, which stay; those of `identity`, where there is one."""
 
     def __post_init__(self) -> None:
-        assert self.identity is not None
-        self.place = self.identity[:2]
+        if self.identity is not None:
+            self.place = self.identity[:2]
 
     def how_changed(self, now: Identity, end: int = 0) -> str:
         """What is another about the file than in the version that is known, in words; its bytes up to `end` are wanted."""
@@ -106,7 +106,7 @@ class MemoryObject:
         self.backing = backing
         self.unit_pages = max(1, large_frame_bytes // page_size)
         """Pages of the aligned unit that may be one large frame."""
-        self.pages = Pages(-(-nbytes // page_size), table)
+        self.pages = Pages(-(-nbytes // page_size), table, store.flags)
         self.locks = RangeLocks()
         self.mappings = ReverseMap()
         self.losses: dict[int, Loss] = {}

@@ -22,6 +22,7 @@ LOST = 16
 
 PIECE_PAGES = 1 << 16
 """An object may have very many pages: they are looked at in pieces of this size, and only where there ever was anything."""
+_ABSENT = bytes(value for value in range(256) if not value & PRESENT)
 _WITH = {flag: bytes(1 if value & flag else 0 for value in range(256)) for flag in (1, 2, 4, 8, 16)}
 
 
@@ -30,9 +31,9 @@ class Pages:
 
     __slots__ = ("_used", "count", "flags", "generation", "present")
 
-    def __init__(self, count: int, table: Callable[[int], Table] = bytearray) -> None:
+    def __init__(self, count: int, table: Callable[[int], Table] = bytearray, flags: Table | None = None) -> None:
         self.count = count
-        self.flags = table(count)
+        self.flags = table(count) if flags is None else flags
         self.generation = table(count)
         """In which generation the page was brought in, see `core.reclaim`; 0 if it is absent or can't be dropped."""
         self.present = 0
@@ -66,6 +67,14 @@ class Pages:
             self.flags[page] &= ~(PRESENT | DIRTY)
         self.generation[first : first + count] = bytes(count)
         self.present -= count
+
+    def found(self, first: int, flags: bytes, generation: int) -> None:
+        """What a manager before this one has left, or what that comes to: the flags of pages from `first` on."""
+        end = first + len(flags)
+        self.flags[first:end] = flags
+        self._used.update(range(first // PIECE_PAGES, -(-end // PIECE_PAGES)))
+        self.generation[first:end] = flags.translate(bytes(generation if value & PRESENT else 0 for value in range(256)))
+        self.present += len(flags.translate(None, _ABSENT))
 
     def set(self, flag: int, page: int) -> bool:
         """Set `flag`; False if it was set already."""

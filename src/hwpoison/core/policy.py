@@ -27,7 +27,7 @@ TELL_LIMIT = 16
 
 def tell_owners(books: Books, object_: MemoryObject, page: int, loss: Loss) -> tuple[int, ...]:
     """Tell each client that maps the page, once, that it is lost; their pids."""
-    owners = {mapping.client.number: mapping.client for mapping in object_.mappings.covering(page)}
+    owners = owners_of(object_, page)
     name, offset, nbytes = object_.range_of(page)
     notice = Notice(
         event_id=loss.event_id, name=name, offset=offset, nbytes=nbytes, state=loss.state, outcome=loss.outcome,
@@ -36,6 +36,16 @@ def tell_owners(books: Books, object_: MemoryObject, page: int, loss: Loss) -> t
     for owner in owners.values():
         books.record("victim", object_, page, event_id=loss.event_id, pid=owner.pid)
         books.observer.notice(owner, notice)
+    return pids_of(owners)
+
+
+def owners_of(object_: MemoryObject, page: int) -> dict[int, Client]:
+    """The clients that map the page, by their numbers."""
+    return {mapping.client.number: mapping.client for mapping in object_.mappings.covering(page)}
+
+
+def pids_of(owners: dict[int, Client]) -> tuple[int, ...]:
+    """Their processes."""
     return tuple(sorted({owner.pid for owner in owners.values()}))
 
 
@@ -54,6 +64,7 @@ async def answer_lost(books: Books, mapping: Mapping, page: int, thread: int) ->
             # at least one of the two sees the other. Outside of all guards it is recorded for the next one, which clears
             # what is left here.
             mapping.met.append(page)
+            books.journal.met(mapping)
             mapping.hits.hit()
             if mapping.hits.guarded:
                 await mapping.client.space.show_zeros(address)

@@ -181,8 +181,6 @@ def lose_block(books: Books, object_: MemoryObject, page: int, loss: Loss) -> tu
     object_.store.drop(first, count)
     present = list(object_.pages.runs(PRESENT, first, count))
     changed: set[int] = {page for page in range(first, first + count) if object_.pages.flags[page] & (DIRTY | WRITEBACK)}
-    if changed:
-        object_.error_sequence += 1
     victims: set[int] = set()
     for start, length in present:
         object_.pages.left(start, length)
@@ -197,13 +195,28 @@ def lose_block(books: Books, object_: MemoryObject, page: int, loss: Loss) -> tu
 def lose(books: Books, object_: MemoryObject, page: int, loss: Loss) -> tuple[int, ...]:
     """An absent page is lost from now on: its owners are told. Their pids."""
     assert not object_.pages.flags[page] & PRESENT
+    changed = loss.state is State.DIRTY_FILE and object_.backing is not None
+    with books.journal.together():
+        # The loss, and that its owners are to be told: both or neither.
+        books.journal.loss(object_, page, loss, untold=changed)
+        if changed:
+            object_.error_sequence += 1
+            books.journal.errors(object_)
+        note_loss(books, object_, page, loss, untold=changed)
+        victims = tell_owners(books, object_, page, loss)
+    # Only now that it is written down.
     object_.pages.set(LOST, page)
     object_.pages.set(POISONED, page)
+    return victims
+
+
+def note_loss(books: Books, object_: MemoryObject, page: int, loss: Loss, *, untold: bool) -> None:
+    """It is among the losses from now on."""
     object_.losses[page] = loss
-    if loss.state is State.DIRTY_FILE and object_.backing is not None:
+    if untold:
         object_.untold.add(page)
+    if loss.state is State.DIRTY_FILE and object_.backing is not None:
         books.lost_changes_of[object_.backing.place] += 1
-    return tell_owners(books, object_, page, loss)
 
 
 async def repair(books: Books, object_: MemoryObject, offset: int, data: Content) -> int:
@@ -272,7 +285,13 @@ async def write(books: Books, object_: MemoryObject, offset: int, data: Content)
                 assert whole
                 await make_room(books, object_, 1)
                 dirty = DIRTY if object_.tracks_dirt else 0
-                await _publish(books, object_, page, 1, _whole_pages(part, object_.page_size), dirty)
+                # Before it is there: to a successor, a page that has come and has no flags is what the file holds.
+                object_.pages.set(dirty, page)
+                try:
+                    await _publish(books, object_, page, 1, _whole_pages(part, object_.page_size), dirty)
+                finally:
+                    if not object_.is_present(page):
+                        object_.pages.clear(dirty, page)
 
 
 def _part(object_: MemoryObject, offset: int, data: Content, page: int) -> tuple[int, Content, bool]:
@@ -304,19 +323,35 @@ async def _revive_locked(books: Books, object_: MemoryObject, page: int, content
         content = await _fresh(books, object_, page, nbytes)
     await make_room(books, object_, 1)
     await object_.watch(page, 1)
-    object_.store.publish(page, content)
-    loss = object_.losses.pop(page)
+    loss = object_.losses[page]
+    books.journal.loss(object_, page, loss, untold=page in object_.untold, reviving=kind)
+    object_.pages.set(dirty, page)
+    try:
+        object_.store.publish(page, content)
+    except OSError:
+        object_.pages.clear(dirty, page)
+        raise
+    del object_.losses[page]
     object_.untold.discard(page)
     if loss.state is State.DIRTY_FILE and object_.backing is not None:
         books.lost_changes_of[object_.backing.place] -= 1
     object_.pages.clear(LOST | POISONED, page)
     object_.pages.arrived(page, 1, books.reclaim.arrived(object_, 1), dirty)
+    await well_again(books, object_, page, loss, kind)
+    return nbytes
+
+
+async def well_again(books: Books, object_: MemoryObject, page: int, loss: Loss, kind: str) -> None:
+    """A present, locked page was lost, and is not any more: where it has poison markers, it takes their place."""
     for mapping in object_.mappings.covering(page):
         mapping.client.forget_told(mapping.address_of(page))
         if page in mapping.markers:
             await _unmark(mapping, page)
-    books.record(kind, object_, page, event_id=loss.event_id)
-    return nbytes
+    with books.journal.together():
+        if page not in object_.losses:
+            # Only now: a successor must not forget a marker.
+            books.journal.loss_over(object_, page)
+        books.record(kind, object_, page, event_id=loss.event_id)
 
 
 async def _unmark(mapping: Mapping, page: int) -> None:

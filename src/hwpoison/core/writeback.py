@@ -40,9 +40,12 @@ async def flush(books: Books, mapping: Mapping) -> None:
         )
     if mapping.heir and object_.untold:
         mapping.errors_apart += 1
-    mapping.heir = False
+    inherited, mapping.heir = mapping.heir, False
+    if inherited:
+        books.journal.mapping(mapping)
     if mapping.error_seen != mapping.errors:
         mapping.error_seen = mapping.errors
+        books.journal.losses_told(object_)
         object_.untold.clear()
         raise OSError(errno.EIO, f"changes to {object_.name!r} were lost or could not be written; see lost()")
 
@@ -72,8 +75,11 @@ async def write_back_all(books: Books, object_: MemoryObject, mapping: Mapping |
             _dirty_again(object_, first, count)
         # But what was written earlier and is not in memory any more may be lost, of every handle.
         object_.error_sequence += 1
-        if mapping is not None:
-            mapping.errors_apart -= 1
+        with books.journal.together():
+            books.journal.errors(object_)
+            if mapping is not None:
+                mapping.errors_apart -= 1
+                books.journal.mapping(mapping)
     if failed is not None:
         _note(books, object_, failed)
     return failed
@@ -131,8 +137,9 @@ async def _write_back_piece(books: Books, object_: MemoryObject, first: int, cou
         runs = [(start, length) for start, length, _ in copies]
         for start, length in runs:
             for page in range(start, start + length):
-                object_.pages.clear(DIRTY, page)
+                # In this order: whenever this process is killed, the page counts as changed.
                 object_.pages.set(WRITEBACK, page)
+                object_.pages.clear(DIRTY, page)
     try:
         for start, length, copy in copies:
             error = await _write(books, object_, start, length, copy)
@@ -180,6 +187,7 @@ async def _write(books: Books, object_: MemoryObject, first: int, count: int, co
     assert backing is not None
     async with backing.turn:
         backing.writing = True
+        books.journal.object(object_)
         try:
             content = copy[: object_.nbytes_of(first, count)]
             written = await backing.file.write(backing.offset + first * object_.page_size, content)
@@ -197,6 +205,8 @@ async def _write(books: Books, object_: MemoryObject, first: int, count: int, co
             return written.error
         finally:
             backing.writing = False
+            if not object_.closed:
+                books.journal.object(object_)
             object_.io_ended()
 
 

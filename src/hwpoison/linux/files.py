@@ -25,6 +25,7 @@ from hwpoison.core.books import WINDOW_BYTES
 from hwpoison.core.machine import Content, Identity, ShrunkError, Written
 from hwpoison.linux import syscalls
 from hwpoison.linux.buffers import Buffers
+from hwpoison.linux.kept import Alone, Keeping
 from hwpoison.linux.syscalls import PAGE_SIZE
 
 WORKERS_OF_FILE = 8
@@ -53,6 +54,11 @@ LOCAL_FILE_SYSTEMS = frozenset(
 """Those that know a file's size and times, and what the page cache has of it, without asking anybody (linux/magic.h)."""
 
 
+def file_label(number: int) -> str:
+    """Under which the file of an object is kept."""
+    return f"file:{number}"
+
+
 def checked_file(fd: int, name: str) -> None:
     """Raises the exception that fits if `fd` is not a regular file."""
     mode = os.fstat(fd).st_mode
@@ -67,29 +73,63 @@ _buffers = Buffers(WINDOW_BYTES + PAGE_SIZE)
 
 
 class LinuxFile:
-    """See `hwpoison.core.machine.File`. Owns `fd`. To make one may wait for the file system."""
+    """See `hwpoison.core.machine.File`. Owns `fd`.
 
-    def __init__(self, fd: int, workers: Executor, turns_of_mount: asyncio.Semaphore | None = None) -> None:
+    What kind of file it is, is asked when it is first used: the file system may not answer. `label`: it is kept already.
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        workers: Executor,
+        turns_of_mount: asyncio.Semaphore | None = None,
+        keeping: Keeping | None = None,
+        label: str = "",
+    ) -> None:
         self._fd = fd
         self._workers = workers
+        self._keeping = keeping or Alone()
+        self._label = label
         self._turns = asyncio.Semaphore(WORKERS_OF_FILE)
         self._turns_of_mount = turns_of_mount or asyncio.Semaphore(WORKERS_OF_MOUNT)
         self._local = False
-        with suppress(OSError):
-            self._local = syscalls.file_system_type(fd) in LOCAL_FILE_SYSTEMS
         self._scratch = mmap.mmap(-1, AT_ONCE_BYTES)
         self._mapped = (0, 0)
         self._mapping_lock = threading.Lock()
-        # To those who neither own the file nor may write to it, mincore says that all of it is in the page cache.
-        by_descriptor = f"/proc/self/fd/{fd}"
-        may_write = os.access(by_descriptor, os.W_OK, effective_ids=True)
-        self._told_what_is_cached = may_write or os.fstat(fd).st_uid == os.geteuid()
-        # No read-ahead: what it brought would stay, and look as if somebody else had wanted it.
-        with suppress(OSError):
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        self._told_what_is_cached = False
         self._direct = -1
-        with suppress(OSError):
-            self._direct = os.open(by_descriptor, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+        self._prepared = False
+
+    async def prepare(self, name: str) -> None:
+        """Raises the exception that fits if it is no regular file."""
+
+        def checked() -> None:
+            checked_file(self._fd, name)
+
+        await self._in_worker(checked)
+
+    def prepare_now(self) -> None:
+        """May wait for the file system."""
+        with self._mapping_lock:
+            if self._prepared:
+                return
+            fd = self._fd
+            # To those who neither own the file nor may write to it, mincore says that all of it is in the page cache.
+            by_descriptor = f"/proc/self/fd/{fd}"
+            may_write = os.access(by_descriptor, os.W_OK, effective_ids=True)
+            self._told_what_is_cached = may_write or os.fstat(fd).st_uid == os.geteuid()
+            # No read-ahead: what it brought would stay, and look as if somebody else had wanted it.
+            with suppress(OSError):
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+            with suppress(OSError):
+                self._direct = os.open(by_descriptor, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+            with suppress(OSError):
+                self._local = syscalls.file_system_type(fd) in LOCAL_FILE_SYSTEMS
+            self._prepared = True
+
+    def keep(self, number: int) -> None:
+        self._label = file_label(number)
+        self._keeping.keep((self._label, self._fd))
 
     def identity_now(self) -> Identity:
         """As `identity`, and may wait for the file system."""
@@ -161,12 +201,17 @@ class LinuxFile:
             return False
 
     async def _in_worker(self, call: Callable[[], Result]) -> Result:
-        run = partial(asyncio.get_running_loop().run_in_executor, self._workers, call)
+        run = partial(asyncio.get_running_loop().run_in_executor, self._workers, self._prepared_first, call)
         async with self._turns:
             if self._local:
                 return await run()
             async with self._turns_of_mount:
                 return await run()
+
+    def _prepared_first(self, call: Callable[[], Result]) -> Result:
+        if not self._prepared:
+            self.prepare_now()
+        return call()
 
     async def write(self, offset: int, content: Content) -> Written:
         return await self._in_worker(partial(self._write, offset, content))
@@ -200,6 +245,8 @@ class LinuxFile:
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     async def close(self) -> None:
+        if self._label:
+            self._keeping.drop(self._label)
         mapped, fds = self._mapped, (self._fd, self._direct)
         # Whoever still comes must not meet another file under the same number.
         self._fd = self._direct = -1
@@ -207,22 +254,8 @@ class LinuxFile:
         if self._local:
             _close(mapped, fds)
         else:
-            await self._in_worker(partial(_close, mapped, fds))
-
-
-async def open_file(fd: int, name: str, workers: Executor, turns_of_mount: asyncio.Semaphore) -> LinuxFile:
-    """The file, without holding up anybody else. Raises as `checked_file`; the descriptor is closed then."""
-    async with turns_of_mount:
-        return await asyncio.get_running_loop().run_in_executor(workers, _open_file, fd, name, workers, turns_of_mount)
-
-
-def _open_file(fd: int, name: str, workers: Executor, turns_of_mount: asyncio.Semaphore) -> LinuxFile:
-    try:
-        checked_file(fd, name)
-        return LinuxFile(fd, workers, turns_of_mount)
-    except BaseException:
-        os.close(fd)
-        raise
+            async with self._turns, self._turns_of_mount:
+                await asyncio.get_running_loop().run_in_executor(self._workers, _close, mapped, fds)
 
 
 def mount_of(fd: int) -> int:

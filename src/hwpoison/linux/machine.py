@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import mmap
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from weakref import WeakValueDictionary
 
 from hwpoison.core.machine import Runs, Store
 from hwpoison.linux import frames, syscalls, userfaultfd
-from hwpoison.linux.files import WORKERS_OF_MOUNT, LinuxFile, mount_of, open_file
+from hwpoison.linux.files import WORKERS_OF_MOUNT, LinuxFile, mount_of
+from hwpoison.linux.journal import LABEL, LinuxRecords
+from hwpoison.linux.kept import Alone, Keeping
 from hwpoison.linux.quarantine import Quarantine
 from hwpoison.linux.space import LinuxSpace
 from hwpoison.linux.store import LinuxStore
@@ -25,19 +27,24 @@ CLIENT_WORKERS = 32
 
 
 class LinuxMachine:
-    """The operating system. `keep` is given each new quarantine pipe; `wanted` leaves features out, for tests."""
+    """The operating system. `keeping` holds what outlives this process; `wanted` leaves features out, for tests."""
 
     page_size = PAGE_SIZE
     large_frame_bytes = frames.large_frame_bytes()
 
     def __init__(
         self,
-        keep: Callable[[int], None] | None = None,
+        keeping: Keeping | None = None,
         wanted: userfaultfd.Feature = userfaultfd.NEEDED | userfaultfd.Feature.POISON,
+        inherited: Mapping[str, int] | None = None,
     ) -> None:
+        self.keeping = keeping or Alone()
+        self.inherited = dict(inherited or {})
+        """Descriptors by label, of managers before this one."""
+        self.records = LinuxRecords(self.keeping, self.inherited.get(LABEL, -1))
         self._own = userfaultfd.open_userfaultfd(wanted)
         self.poison_markers = bool(self._own.features & userfaultfd.Feature.POISON)
-        self.quarantine = Quarantine(keep)
+        self.quarantine = Quarantine(self.keeping, self.records, self.inherited)
         self._file_workers = ThreadPoolExecutor(FILE_WORKERS, "hwpoison-file")
         self._client_workers = ThreadPoolExecutor(CLIENT_WORKERS, "hwpoison-client")
         self._turns_of_mounts: WeakValueDictionary[int, asyncio.Semaphore] = WeakValueDictionary()
@@ -60,19 +67,30 @@ class LinuxMachine:
     def knows_frames(self) -> bool:
         return self._pagemap is not None
 
-    def create(self, name: str, nbytes: int) -> LinuxStore:
+    @property
+    def held(self) -> int:
+        return self.quarantine.count
+
+    def create(self, name: str, nbytes: int, number: int = 0) -> LinuxStore:
         try:
-            return LinuxStore(
-                name,
-                nbytes,
-                own=self._own.fd,
-                quarantine=self.quarantine,
-                pagemap=self._pagemap,
-                frame_flags=self._frame_flags,
-                workers=self._file_workers,
-            )
+            return self.store(number, name, nbytes, None)
         except MemoryError as error:
             raise MemoryError(f"{error}; a process has {_addresses()} bytes of addresses for all that it maps") from error
+
+    def store(self, number: int, name: str, nbytes: int, inherited: tuple[int, int] | None) -> LinuxStore:
+        """A new one, or one that is `inherited`."""
+        return LinuxStore(
+            name,
+            nbytes,
+            number=number,
+            keeping=self.keeping,
+            inherited=inherited,
+            own=self._own.fd,
+            quarantine=self.quarantine,
+            pagemap=self._pagemap,
+            frame_flags=self._frame_flags,
+            workers=self._file_workers,
+        )
 
     def table(self, nbytes: int) -> mmap.mmap:
         # Not reserved: of a large object's table most is never touched.
@@ -86,13 +104,20 @@ class LinuxMachine:
             table.madvise(syscalls.MADV_NOHUGEPAGE)
         return table
 
-    def file(self, fd: int) -> LinuxFile:
-        """A file by descriptor, which it owns from now on. May wait for the file system."""
-        return LinuxFile(fd, self._file_workers)
+    def file(self, fd: int, label: str = "") -> LinuxFile:
+        """A file by descriptor, which it owns from now on. `label`: under which it is kept."""
+        return LinuxFile(fd, self._file_workers, self._turns_of_mount(fd), self.keeping, label)
 
     async def open_file(self, fd: int, name: str) -> LinuxFile:
-        """As `file`, while everything else goes on. Raises IsADirectoryError or ValueError for what is no regular file."""
-        return await open_file(fd, name, self._file_workers, self._turns_of_mount(fd))
+        """As `file`, and it is known what kind of file it is. Raises IsADirectoryError or ValueError for what is no regular
+        file."""
+        file = self.file(fd)
+        try:
+            await file.prepare(name)
+        except BaseException:
+            await file.close()
+            raise
+        return file
 
     async def let_go(self, fd: int) -> None:
         """Close a descriptor of whatever kind. A file system may have to be asked even for that."""
@@ -134,6 +159,7 @@ class LinuxMachine:
         self._file_workers.shutdown()
         self._client_workers.shutdown(wait=False, cancel_futures=True)
         self.quarantine.close()
+        self.records.close()
         if self._pagemap is not None:
             self._pagemap.close()
         if self._frame_flags is not None:

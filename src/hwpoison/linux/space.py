@@ -214,10 +214,12 @@ class Board:
     A sealed memfd, so that the client can't take it away under the manager.
     """
 
-    def __init__(self) -> None:
-        self.fd = os.memfd_create("hwpoison-hits", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self.fd, BOARD_BYTES)
-        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    def __init__(self, inherited: int = -1) -> None:
+        self.fd = inherited
+        if inherited < 0:
+            self.fd = os.memfd_create("hwpoison-hits", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            os.ftruncate(self.fd, BOARD_BYTES)
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         self._words = memoryview(mmap.mmap(self.fd, BOARD_BYTES)).cast("Q")
         self._free = list(range(BOARD_SLOTS - 1, -1, -1))
 
@@ -227,6 +229,11 @@ class Board:
             raise OSError(errno.EMFILE, f"a process can have {BOARD_SLOTS} guarded views; close some memories")
         index = self._free.pop()
         self._words[2 * index] = self._words[2 * index + 1] = 0
+        return Slot(self._words, index)
+
+    def taken(self, index: int) -> Slot:
+        """A slot that was taken by a manager before this one."""
+        self._free.remove(index)
         return Slot(self._words, index)
 
     def free(self, slot: Slot) -> None:
@@ -246,6 +253,10 @@ class Slot:
     @property
     def guarded(self) -> bool:
         return bool(self._words[2 * self.index + 1])
+
+    @property
+    def count(self) -> int:
+        return int(self._words[2 * self.index])
 
     def hit(self) -> int:
         self._words[2 * self.index] += 1

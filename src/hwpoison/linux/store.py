@@ -18,6 +18,7 @@ from contextlib import suppress
 from hwpoison.core.machine import Content, NotIsolatedError, Runs, StaleFrameError
 from hwpoison.linux import syscalls, userfaultfd
 from hwpoison.linux.frames import OBJECT_NAME, SEARCHED_PAGES, FrameFlags, PageMap
+from hwpoison.linux.kept import Keeping
 from hwpoison.linux.quarantine import Quarantine
 from hwpoison.linux.syscalls import PAGE_SIZE
 
@@ -28,25 +29,24 @@ REGIONS_LIMIT = 256
 
 
 class LinuxFrame:
-    """One page in the transit pipe. One of the methods is called before anything else is taken."""
+    """One page in the transit pipe. One of the methods is called before anything else is taken, of any object."""
 
-    def __init__(self, pipe: int, quarantine: Quarantine, number: int | None) -> None:
-        self._pipe = pipe
+    def __init__(self, quarantine: Quarantine, number: int | None) -> None:
         self._quarantine = quarantine
         self.number = number
 
     def content(self) -> bytes:
-        return os.read(self._pipe, PAGE_SIZE)
+        return os.read(self._quarantine.transit[0], PAGE_SIZE)
 
     def quarantine(self) -> None:
         try:
-            self._quarantine.hold(self._pipe, self.number)
+            self._quarantine.hold(self.number)
         except OSError:
             self.release()
             raise
 
     def release(self) -> None:
-        os.read(self._pipe, PAGE_SIZE)
+        os.read(self._quarantine.transit[0], PAGE_SIZE)
 
 
 class PoisonedFrame:
@@ -65,14 +65,22 @@ class PoisonedFrame:
         """Nothing: it can't be had back."""
 
 
+def labels_of(number: int) -> tuple[str, str]:
+    """Under which the memory and the flags of an object are kept."""
+    return f"memory:{number}", f"flags:{number}"
+
+
 class LinuxStore:
-    """See `hwpoison.core.machine.Store`. `fd` is the memfd."""
+    """See `hwpoison.core.machine.Store`. `fd` is the memfd. `inherited`: that and the table of flags, if they are kept."""
 
     def __init__(
         self,
         name: str,
         nbytes: int,
         *,
+        number: int,
+        keeping: Keeping,
+        inherited: tuple[int, int] | None = None,
         own: int,
         quarantine: Quarantine,
         pagemap: PageMap | None,
@@ -88,13 +96,23 @@ class LinuxStore:
         self._workers = workers
         self._filling = 0
         self._regions: set[int] = set()
-        self._transit = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._address = 0
-        self.fd = -1
+        self._keeping = keeping
+        self._labels = labels_of(number)
+        self.fd = self._flags_fd = -1
         try:
-            self.fd = os.memfd_create(OBJECT_NAME + name.encode()[:200].decode(errors="ignore"), os.MFD_CLOEXEC)
-            os.ftruncate(self.fd, self._nbytes)
+            if inherited is not None:
+                self.fd, self._flags_fd = inherited
+            else:
+                self.fd = os.memfd_create(OBJECT_NAME + name.encode()[:200].decode(errors="ignore"), os.MFD_CLOEXEC)
+                os.ftruncate(self.fd, self._nbytes)
+                self._flags_fd = os.memfd_create("hwpoison-flags", os.MFD_CLOEXEC)
+                os.ftruncate(self._flags_fd, self._pages)
+            self.flags = mmap.mmap(self._flags_fd, self._pages)
+            _no_huge_pages(syscalls.address_of(self.flags), self._pages)
             self._map()
+            if number and inherited is None:
+                keeping.keep((self._labels[0], self.fd), (self._labels[1], self._flags_fd))
         except (OSError, OverflowError) as error:
             self.close()
             why = error.strerror if isinstance(error, OSError) else "no file can have so many"
@@ -120,7 +138,8 @@ class LinuxStore:
         if not self.present(page):
             return None
         try:
-            moved = os.splice(self.fd, self._transit[1], PAGE_SIZE, offset_src=offset, flags=os.SPLICE_F_NONBLOCK)
+            transit = self._quarantine.transit[1]
+            moved = os.splice(self.fd, transit, PAGE_SIZE, offset_src=offset, flags=os.SPLICE_F_NONBLOCK)
         except OSError as error:
             if error.errno != errno.EIO:
                 raise
@@ -131,7 +150,7 @@ class LinuxStore:
             return PoisonedFrame(number)
         assert moved == PAGE_SIZE, f"{moved} bytes of a page pinned"
         # Only now that it is pinned does the page keep its frame: compaction moves others at any time.
-        frame = LinuxFrame(self._transit[0], self._quarantine, None)
+        frame = LinuxFrame(self._quarantine, None)
         try:
             frame.number = self.number(page)
             if number is not None and frame.number != number:
@@ -189,7 +208,7 @@ class LinuxStore:
         if pagemap is None or not number:
             return None
         # Of a large object that is nearly empty there is little to look at.
-        for begin, length in self._with_memory():
+        for begin, length in self.runs():
             for first in range(begin, begin + length, SEARCHED_PAGES):
                 found = pagemap.find(number, self._address_of(first), min(SEARCHED_PAGES, begin + length - first))
                 if found is not None:
@@ -207,8 +226,20 @@ class LinuxStore:
                     return first + found
         return None
 
-    def _with_memory(self) -> Iterator[tuple[int, int]]:
-        """(first, count) of the runs of pages that the memfd has."""
+    def flagged(self) -> Iterator[tuple[int, int]]:
+        begin = 0
+        while begin < self._pages:
+            try:
+                begin = os.lseek(self._flags_fd, begin, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    return
+                raise
+            end = min(os.lseek(self._flags_fd, begin, os.SEEK_HOLE), self._pages)
+            yield begin, end - begin
+            begin = end
+
+    def runs(self) -> Iterator[tuple[int, int]]:
         begin = self._first_present(0)
         while begin < self._pages:
             end = min(os.lseek(self.fd, begin * PAGE_SIZE, os.SEEK_HOLE) // PAGE_SIZE, self._pages)
@@ -261,7 +292,8 @@ class LinuxStore:
         if self._address:
             syscalls.unmap_memory(self._address, self._nbytes)
             self._address = 0
-        for fd in (self.fd, *self._transit):
+        self._keeping.drop(*self._labels)
+        for fd in (self.fd, self._flags_fd):
             if fd >= 0:
                 os.close(fd)
 

@@ -37,7 +37,10 @@ class Channel:
         self._busy = False
         connection.setblocking(False)
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(connection, self._readable)
+
+    def listen(self) -> None:
+        """From now on what the client says is read."""
+        self._loop.add_reader(self._connection, self._readable)
 
     def _readable(self) -> None:
         if self._busy:
@@ -81,6 +84,7 @@ class Channel:
             try:
                 if reply is not None:
                     self._reply(reply, reply_fds)
+                    self._session.replied(request)
             except Exception as error:  # noqa: BLE001
                 # What can't be said, by a defect: whoever waits for it is told that much.
                 self._session.server.defect(f"the reply to {type(request).__name__}", error)
@@ -95,9 +99,12 @@ class Channel:
             self._loop.add_reader(self._connection, self._readable)
         self._session.server.request_answered()
 
-    def welcome(self) -> None:
-        """The client has it now."""
-        self._reply(protocol.Done())
+    def fileno(self) -> int:
+        return self._connection.fileno()
+
+    def say(self, message: protocol.Message, fds: list[int] | None = None) -> None:
+        """What nobody has asked for here."""
+        self._reply(message, fds)
 
     def _reply(self, reply: protocol.Message, fds: list[int] | None = None) -> None:
         if self._connection.fileno() < 0:
@@ -116,55 +123,88 @@ class Channel:
 
 
 class NoticeChannel:
-    """The socket on which a client is told of losses: of each once, in order, however slowly it reads.
+    """The socket on which a client is told of losses: of each once, in order, however slowly it reads. What is sent it has:
+    if the manager dies then, the socket still holds it.
 
     What it has not read waits here. When that is more than `NOTICES_LIMIT`, what `stands` says no to is left out: losses
     that were repaired or discarded before the client read of them, which the event log has. So at most twice as many wait
-    as losses stood at one time, and not as many as there were.
+    as losses stood at one time, and not as many as there were. `over` is called with the number of each that does not wait
+    any more. Without a connection, for a client that has not come back since the last manager died, all waits.
     """
 
-    def __init__(self, connection: socket.socket, stands: Callable[[Notice], bool]) -> None:
+    def __init__(
+        self, connection: socket.socket | None, stands: Callable[[Notice], bool], over: Callable[[int], None]
+    ) -> None:
         self._connection = connection
         self._stands = stands
-        connection.setblocking(False)
+        self._over = over
         self._loop = asyncio.get_running_loop()
         self._waiting: deque[protocol.Told] = deque()
         self._waiting_limit = NOTICES_LIMIT
-        try:
-            protocol.send(connection, protocol.Done())
-        except OSError:
-            self.close()
+        self._soon = False
+        if connection is not None:
+            connection.setblocking(False)
 
     def tell(self, told: protocol.Told) -> None:
         """Send it, or keep it until the client reads."""
-        if self._connection.fileno() < 0:
-            return
         self._waiting.append(told)
-        if len(self._waiting) == 1:
-            self._send()
-        elif len(self._waiting) > self._waiting_limit:
-            self._waiting = deque(told for told in self._waiting if self._stands(told.notice))
+        if len(self._waiting) > self._waiting_limit:
+            for one in [one for one in self._waiting if not self._stands(one.notice)]:
+                self._waiting.remove(one)
+                self._over(one.number)
             # All of them are looked at only when they have doubled.
             self._waiting_limit = max(NOTICES_LIMIT, 2 * len(self._waiting))
+        if not self._soon:
+            # Not before what is being done has been written down.
+            self._soon = True
+            self._loop.call_soon(self._send)
+
+    def begin(self, connection: socket.socket, after: int, welcome: protocol.Message) -> None:
+        """The client listens, and has been told of those up to number `after`."""
+        if self._connection is not None:
+            self._hang_up()
+        self._connection = connection
+        connection.setblocking(False)
+        while self._waiting and self._waiting[0].number <= after:
+            self._over(self._waiting.popleft().number)
+        try:
+            protocol.send(connection, welcome)
+        except OSError:
+            self.close()
+            return
+        self._send()
 
     def _send(self) -> None:
+        self._soon = False
+        connection = self._connection
+        if connection is None or not self._waiting:
+            return
         try:
             for _ in range(min(len(self._waiting), NOTICES_AT_ONCE)):
-                protocol.send(self._connection, self._waiting[0])
-                self._waiting.popleft()
+                protocol.send(connection, self._waiting[0])
+                self._over(self._waiting.popleft().number)
         except BlockingIOError:
             pass
         except OSError:
             self.close()
             return
         if self._waiting:
-            self._loop.add_writer(self._connection, self._send)
+            self._loop.add_writer(connection, self._send)
         else:
-            self._loop.remove_writer(self._connection)
+            self._loop.remove_writer(connection)
             self._waiting_limit = NOTICES_LIMIT
 
-    def close(self) -> None:
-        if self._connection.fileno() >= 0:
+    @property
+    def closed(self) -> bool:
+        """True if the client does not listen any more."""
+        return self._connection is not None and self._connection.fileno() < 0
+
+    def _hang_up(self) -> None:
+        if self._connection is not None and self._connection.fileno() >= 0:
             self._loop.remove_writer(self._connection)
             self._connection.close()
-        self._waiting.clear()
+
+    def close(self) -> None:
+        self._hang_up()
+        while self._waiting:
+            self._over(self._waiting.popleft().number)

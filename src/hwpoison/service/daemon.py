@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import fcntl
+import json
 import logging
 import os
 import resource
@@ -15,19 +16,49 @@ import secrets
 import signal
 import socket
 import stat
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 
 from hwpoison import events, protocol
 from hwpoison.linux import syscalls
+from hwpoison.linux.journal import FORMAT, JournalError
 from hwpoison.linux.machine import LinuxMachine
 from hwpoison.linux.standard import open_standard_streams
-from hwpoison.linux.userfaultfd import NEEDED, NO_FEATURE, Feature
+from hwpoison.linux.userfaultfd import NEEDED, NO_FEATURE, Feature, open_userfaultfd
 from hwpoison.service import keeper
 from hwpoison.service.eventlog import EventLog
 from hwpoison.service.server import Server
+
+LISTENER = "listener"
+"""Under which the keeper holds the socket at which clients connect."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a manager is to be, and each that follows it. `address` is where it serves."""
+
+    address: str
+    private: bool
+    memory_limit: int | None = None
+    offline_foreign: bool = False
+    without: Feature = NO_FEATURE
+
+    def arguments(self) -> list[str]:
+        """Of this module's command line."""
+        given = ["--address", self.address]
+        if self.private:
+            given.append("--private")
+        if self.memory_limit is not None:
+            given += ["--memory-limit", str(self.memory_limit)]
+        if self.offline_foreign:
+            given.append("--offline-foreign")
+        if self.without:
+            given += ["--without", str(self.without.name)]
+        return given
 
 
 def serve(socket_path: str, *, memory_limit: int | None = None, offline_foreign: bool = False) -> int:
@@ -39,12 +70,37 @@ def serve(socket_path: str, *, memory_limit: int | None = None, offline_foreign:
     """
     if not socket_path.startswith("@"):
         socket_path = os.path.abspath(socket_path)
-    listener = _listen(socket_path)
-    with ExitStack() as place:
-        if not socket_path.startswith("@"):
-            place.callback(_unlink, socket_path)
-        _run(listener, socket_path, None, place.close, memory_limit=memory_limit, offline_foreign=offline_foreign)
-    return 0
+    options = Options(socket_path, private=False, memory_limit=memory_limit, offline_foreign=offline_foreign)
+    # Said here, to who has called this, and not by the manager.
+    os.close(open_userfaultfd().fd)
+    return _keep(options, {LISTENER: _listen(socket_path).detach()})
+
+
+def _keep(options: Options, held: keeper.Held, first: socket.socket | None = None) -> int:
+    """This process becomes the keeper."""
+    _become_keeper()
+    status = keeper.run(partial(_manage, options, first), held, partial(_resume, options), first)
+    if status and not options.private and not options.address.startswith("@"):
+        # No manager has lived to do it.
+        _unlink(options.address)
+    return status
+
+
+def _become_keeper() -> None:
+    syscalls.name_process("hwpoison-keeper")
+    # A client costs about six descriptors, and a shell allows 1,024: take what the administrator allows.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _resume(options: Options, held: keeper.Held, life: int) -> None:
+    """Execute what is installed now, in this process, with all that is held."""
+    for fd in held.values():
+        os.set_inheritable(fd, True)
+    state = os.memfd_create("hwpoison-resume", 0)
+    os.write(state, json.dumps({"held": held, "life": life}).encode())
+    command = [sys.executable, "-P", "-m", "hwpoison.service.daemon", "--resume", str(state), *options.arguments()]
+    os.execv(sys.executable, command)
 
 
 def _unlink(path: str) -> None:
@@ -99,113 +155,140 @@ def _remove_stale(path: str) -> None:
         probe.close()
 
 
-def _run(
-    listener: socket.socket,
-    address: str,
-    first: socket.socket | None,
-    leave: Callable[[], None],
-    *,
-    memory_limit: int | None,
-    offline_foreign: bool,
-    without: Feature = NO_FEATURE,
-) -> None:
-    """The manager's whole life. `leave` makes room at its address, when nobody can connect any more."""
+def _manage(options: Options, first: socket.socket | None, held_by: keeper.Keeper, held: keeper.Held, life: int) -> int:
+    """A manager's whole life; its exit status. `first` is a client of the first one that is connected already."""
     syscalls.name_process("hwpoison-manager")
-    # A client costs about six descriptors, and a shell allows 1,024: take what the administrator allows.
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    instance = secrets.token_hex(4)
-    held = keeper.start()
+    if life > 1:
+        first = None
     try:
-        machine = LinuxMachine(held.keep, (NEEDED | Feature.POISON) & ~without)
+        machine = LinuxMachine(held_by, (NEEDED | Feature.POISON) & ~options.without, held)
+    except JournalError as error:
+        sys.stderr.write(f"hwpoison: {error.strerror}\n")
+        return 1
+    except OSError as error:
+        if first is None:
+            raise
+        with suppress(OSError):
+            protocol.send(first, protocol.failed(error))
+        return 1
+    instance = machine.records.all().get(("life",), [0, secrets.token_hex(4)])[1]
+    try:
+        log = EventLog(events.default_path(), instance, machine.records)
         try:
-            log = EventLog(events.default_path(), instance)
-            try:
-                asyncio.run(
-                    _serve(
-                        machine,
-                        listener,
-                        first,
-                        leave,
-                        address=address,
-                        instance=instance,
-                        log=log,
-                        memory_limit=memory_limit,
-                        offline_foreign=offline_foreign,
-                    )
-                )
-            finally:
-                log.close()
+            asyncio.run(_serve(machine, options, first, held_by, held, life=life, instance=instance, log=log))
         finally:
-            machine.close()
+            log.close()
+        held_by.goodbye()
     finally:
-        held.dismiss()
+        machine.close()
+    return 0
 
 
 async def _serve(
     machine: LinuxMachine,
-    listener: socket.socket,
+    options: Options,
     first: socket.socket | None,
-    leave: Callable[[], None],
+    held_by: keeper.Keeper,
+    held: keeper.Held,
     *,
-    address: str,
+    life: int,
     instance: str,
     log: EventLog,
-    memory_limit: int | None,
-    offline_foreign: bool,
 ) -> None:
+    """Until it is over."""
+    address, private = options.address, options.private
     server = Server(
         machine,
-        listener,
+        socket.socket(fileno=held[LISTENER]),
         address=address,
         instance=instance,
+        life=life,
+        keeper=held_by,
+        new_keeper=partial(_new_keeper, options, life),
         events=log,
-        private=first is not None,
-        leave=leave,
-        memory_limit=memory_limit,
-        offline_foreign=offline_foreign,
+        private=private,
+        leave=(lambda: None) if private or address.startswith("@") else partial(_unlink, address),
+        memory_limit=options.memory_limit,
+        offline_foreign=options.offline_foreign,
     )
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in keeper.SIGNALS:
         # A private manager ends with its clients: a Ctrl-C that is meant for them must not take their memory. Of SIGHUP
         # come several when a terminal is closed, which nobody has meant.
         at_once = number != signal.SIGHUP
-        told = (lambda: None) if first is not None else partial(server.told_to_end, at_once=at_once)
+        told = (lambda: None) if private else partial(server.told_to_end, at_once=at_once)
         loop.add_signal_handler(number, told)
-    if first is None:
+    if not private and life == 1:
         with suppress(OSError):
-            sys.stderr.write(f"hwpoison serve: process {os.getpid()} serves at {address}\n")
+            # The process that was started, which is the keeper.
+            sys.stderr.write(f"hwpoison serve: process {os.getppid()} serves at {address}\n")
             sys.stderr.flush()
     await server.run(first)
+    if server.renewing:
+        # What is under way is left as it is, as by a death: nothing of it may run on and say that it had been done.
+        held_by.restart()
+        log.close()
+        os._exit(0)
+
+
+def _new_keeper(options: Options, life: int) -> socket.socket:
+    """Another one, as the last one has died: this process's end of the way to it."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    command = [sys.executable, "-P", "-m", "hwpoison.service.daemon", "--adopt", str(theirs.fileno()), "--life", str(life)]
+    with theirs:
+        subprocess.Popen(
+            [*command, *options.arguments()],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True,
+        )  # fmt: skip
+    return ours
 
 
 def main() -> int:
-    """The private manager. Errors go to the client that starts it."""
+    """A private manager with its keeper (`--channel`), a keeper for a manager that has lost its own (`--adopt`), or one that
+    goes on as another version (`--resume`)."""
     open_standard_streams()
     parser = argparse.ArgumentParser("hwpoison private manager")
-    parser.add_argument("--channel", type=int, required=True)
+    parser.add_argument("--channel", type=int, help="a socket, of the first client")
+    parser.add_argument("--adopt", type=int, help="a socket, of the manager")
+    parser.add_argument("--resume", type=int, help="a file, with what is held")
+    parser.add_argument(
+        "--reads-journal", type=int, help="whether this version can take over from one that wrote that format"
+    )
+    parser.add_argument("--life", type=int, default=1)
+    parser.add_argument("--address", default=f"@hwpoison-{secrets.token_hex(8)}")
+    parser.add_argument("--private", action="store_true")
     parser.add_argument("--memory-limit", type=int)
     parser.add_argument("--offline-foreign", action="store_true")
     parser.add_argument("--without", type=Feature.__getitem__, default=NO_FEATURE)
-    options = parser.parse_args()
+    given = parser.parse_args()
     logging.basicConfig(format="hwpoison manager: %(message)s")
-    first = socket.socket(fileno=options.channel)
-    address = f"@hwpoison-{secrets.token_hex(8)}"
-    try:
-        _run(
-            _listen(address),
-            address,
-            first,
-            lambda: None,
-            memory_limit=options.memory_limit,
-            offline_foreign=options.offline_foreign,
-            without=options.without,
+    if given.reads_journal is not None:
+        if given.reads_journal != FORMAT:
+            sys.stderr.write(f"it reads journals of format {FORMAT}, and the manager writes format {given.reads_journal}\n")
+        return int(given.reads_journal != FORMAT)
+    options = Options(
+        given.address, given.private or given.channel is not None, given.memory_limit, given.offline_foreign, given.without
+    )
+    if given.adopt is not None:
+        _become_keeper()
+        return keeper.adopt(
+            partial(_manage, options, None), socket.socket(fileno=given.adopt), given.life, partial(_resume, options)
         )
+    if given.resume is not None:
+        _become_keeper()
+        os.lseek(given.resume, 0, os.SEEK_SET)
+        with os.fdopen(given.resume) as state:
+            found = json.load(state)
+        for fd in found["held"].values():
+            os.set_inheritable(fd, False)
+        return keeper.run(partial(_manage, options, None), found["held"], partial(_resume, options), life=found["life"])
+    first = socket.socket(fileno=given.channel)
+    try:
+        return _keep(options, {LISTENER: _listen(options.address).detach()}, first)
     except OSError as error:
         with suppress(OSError):
             protocol.send(first, protocol.failed(error))
         return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 The manager adds events from its event loop. One thread writes them, some time later and many in one transaction. A file
 that can't be written costs events, which are counted, and never the manager: one warning says so, and every batch is a new
-attempt. `hwpoison.events` says where the file is and what is in it.
+attempt. Until an event is in the file it is in the manager's journal, as `event` and a number: if the manager dies, the next
+one writes what is not there yet. `hwpoison.events` says where the file is and what is in it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import queue
@@ -17,6 +19,8 @@ from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 
+from hwpoison.core.journal import of_kind
+from hwpoison.core.machine import Records
 from hwpoison.core.records import Event
 from hwpoison.events import BUSY_SECONDS_MAX, EVENT_FIELDS, PATH_VARIABLE, SCHEMA, NotAnEventLogError, has_schema, values_of
 
@@ -37,24 +41,36 @@ _INSERT = (
     f"VALUES ({', '.join('?' * len(_COLUMNS))})"
 )
 
+_FIND = f"SELECT 1 FROM event WHERE {' AND '.join(f'{chr(34)}{column}{chr(34)} = ?' for column in _COLUMNS)}"
+
 _Row = tuple[str | int, ...]
 
 log = logging.getLogger("hwpoison")
 
 
 class EventLog:
-    """Writes the events of one manager to the file at `path`. `instance` begins that manager's event ids."""
+    """Writes the events of one manager to the file at `path`. `instance` begins that manager's event ids. `records`: its
+    journal."""
 
-    def __init__(self, path: Path, instance: str) -> None:
+    def __init__(self, path: Path, instance: str, records: Records | None = None) -> None:
         self.path = path
         self.instance = instance
+        self._records = records
+        self._loop: asyncio.AbstractEventLoop | None = None
         # Not queue.Queue: its put takes a lock that the writer takes too. The bound is `add`'s.
-        self._queue: queue.SimpleQueue[_Row | Future[None] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[int, _Row] | Future[None] | None] = queue.SimpleQueue()
         self._hurry = threading.Event()
         self._lock = threading.Lock()
         self._dropped = 0
         self._closed = False
         self._file = _File(path)
+        self._last = 0
+        for (number,), row in of_kind(records.all(), "event").items() if records is not None else ():
+            # It may be in the file already.
+            assert isinstance(number, int)
+            self._last = number
+            self._file.doubtful.add(number)
+            self._queue.put((number, tuple(row)))
         self._writer = threading.Thread(target=self._write_all, name="hwpoison-event-log", daemon=True)
         self._writer.start()
 
@@ -68,7 +84,12 @@ class EventLog:
         if self._closed or self._queue.qsize() >= QUEUE_LIMIT:
             self._drop(1)
         else:
-            self._queue.put((time.time_ns(), self.instance, *values_of(event)))
+            row = (time.time_ns(), self.instance, *values_of(event))
+            self._last += 1
+            if self._records is not None:
+                self._loop = self._loop or asyncio.get_running_loop()
+                self._records.put(("event", self._last), row)
+            self._queue.put((self._last, row))
 
     def sync(self) -> Future[None]:
         """Done when all events that were added before are in the file, or counted as dropped."""
@@ -91,6 +112,19 @@ class EventLog:
         if self._writer.is_alive():
             log.warning("the event log %s did not take the last events within %g s", self.path, CLOSE_SECONDS_MAX)
 
+    def _written(self, numbers: list[int]) -> None:
+        """They need not be in the journal any more. By the writer."""
+        if self._records is not None and self._loop is not None:
+            # The loop may be over; then nobody will read the journal.
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._forget, numbers)
+
+    def _forget(self, numbers: list[int]) -> None:
+        assert self._records is not None
+        with self._records.together():
+            for number in numbers:
+                self._records.drop(("event", number))
+
     def _drop(self, count: int) -> None:
         with self._lock:
             self._dropped += count
@@ -100,7 +134,7 @@ class EventLog:
     def _write_all(self) -> None:
         going_on = True
         while going_on:
-            waiting: list[_Row | Future[None] | None] = [self._queue.get()]
+            waiting: list[tuple[int, _Row] | Future[None] | None] = [self._queue.get()]
             self._hurry.wait(LINGER_SECONDS)
             self._hurry.clear()
             with suppress(queue.Empty):
@@ -109,6 +143,7 @@ class EventLog:
             rows = [one for one in waiting if isinstance(one, tuple)]
             if rows:
                 self._drop(self._file.write(rows))
+                self._written([number for number, _ in rows])
             for one in waiting:
                 # The manager may have given up waiting; the first call settles whether it has.
                 if isinstance(one, Future) and one.set_running_or_notify_cancel():
@@ -122,11 +157,13 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
+        self.doubtful: set[int] = set()
+        """The numbers of rows that may be in the file already."""
         self._connection: sqlite3.Connection | None = None
         self._identity: tuple[int, int] | None = None
         self._failing = False
 
-    def write(self, rows: list[_Row]) -> int:
+    def write(self, rows: list[tuple[int, _Row]]) -> int:
         """Write all rows in one transaction; how many could not be written."""
         try:
             dropped = self._transaction(rows)
@@ -143,13 +180,15 @@ class _File:
             log.warning("events are being logged again, at %s", self.path)
         return dropped
 
-    def _transaction(self, rows: list[_Row]) -> int:
+    def _transaction(self, rows: list[tuple[int, _Row]]) -> int:
         connection = self._open()
         dropped = 0
         connection.execute("BEGIN IMMEDIATE")
         _make_room(connection, len(rows))
-        for row in rows:
+        for number, row in rows:
             try:
+                if number in self.doubtful and connection.execute(_FIND, row).fetchone():
+                    continue
                 connection.execute(_INSERT, row)
             except (OverflowError, UnicodeEncodeError):
                 # A number of more than 64 bits or a lone surrogate: one such event must not cost the others.

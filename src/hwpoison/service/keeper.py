@@ -1,82 +1,354 @@
-"""The keeper: a small process beside the manager that holds the quarantined frames, whatever becomes of the manager.
+"""The keeper: the process that managers come from, and that holds what must outlive each of them.
 
-A frame is held by a pipe that nobody reads, and lives as long as the pipe has a descriptor anywhere. The manager sends the
-keeper each pipe before anything is in it. The keeper is forked from the manager before that has threads, so it shares
-nearly all its memory.
+It is started first, loads all that a manager needs, and forks: the child is the manager. What must not be lost (the
+userfaultfds of clients, memory, bad frames, the journal) the manager gives to the keeper, under a label, as soon as it has
+it. When the manager dies, the keeper forks another one, which has all of that, at once: no interpreter has to start. The
+keeper does nothing else, so that there is little in it that could fail; if it dies all the same, the manager starts another
+keeper and gives it everything (`Keeper.replace`).
+
+There is never more than one manager: the next one is forked when the last one has been waited for.
 """
 
 from __future__ import annotations
 
+import array
+import fcntl
 import os
 import select
 import signal
 import socket
+import struct
+import sys
+import threading
 import time
+import traceback
+from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 
-from hwpoison.linux import syscalls
+GIVE_UP_SECONDS = 10.0
+"""So long after a manager's death there must be another one. Else what is held is let go, which ends who waits for it."""
+PAUSE_SECONDS = 0.1
+"""Between two attempts to start one."""
+SHORT_LIFE_SECONDS = 1.0
+SHORT_LIVES_MAX = 20
+"""So many managers in a row may end by themselves within `SHORT_LIFE_SECONDS`: something kills each of them."""
+SLOW_SECONDS = 1.0
+THINGS_LIMIT = 16
+"""Most descriptors of one message."""
+MESSAGE_LIMIT = 4096
+FILE = "file:"
+"""Labels of what a file system may have to be asked for when it is closed."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Passed on to the manager."""
 
-HOLD_SECONDS = 10.0
-"""How long the frames are held when the manager has died without a goodbye: so long a successor has to come."""
-_GOODBYE = b"goodbye"
+Held = dict[str, int]
+"""Descriptors by label."""
+Manage = Callable[["Keeper", Held, int], int]
+"""A manager's whole life: its keeper, what it inherits, and how many there were with it; the exit status."""
 
 
 class Keeper:
-    """The manager's side. `pid` is the keeper process."""
+    """The manager's side, see `hwpoison.linux.kept.Keeping`. What is given to it is in its socket, whatever becomes of the
+    manager then. Only a keeper that takes nothing for `SLOW_SECONDS`, because somebody has stopped it, gets it later."""
 
-    def __init__(self, pid: int, channel: socket.socket) -> None:
-        self.pid = pid
-        self._channel = channel
+    def __init__(self, channel: socket.socket, held: Held) -> None:
+        self.channel = channel
+        self.copies = dict(held)
+        """What it holds, for the next keeper: numbers of this process, which stay open as long."""
+        self._waiting: deque[tuple[bytes, list[int]]] = deque()
+        channel.setblocking(False)
 
-    def keep(self, fd: int) -> None:
-        """Give the keeper a pipe. A keeper that has died keeps nothing; the manager still does."""
-        with suppress(OSError):
-            socket.send_fds(self._channel, [b"keep"], [fd], socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+    def keep(self, *things: tuple[str, int]) -> None:
+        for at in range(0, len(things), THINGS_LIMIT):
+            some = things[at : at + THINGS_LIMIT]
+            self.copies.update(some)
+            self._say("keep " + " ".join(label for label, _ in some), [fd for _, fd in some])
 
-    def dismiss(self) -> None:
-        """The manager ends in order: its frames may go."""
-        with suppress(OSError):
-            self._channel.send(_GOODBYE, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
-        self._channel.close()
-        with suppress(ChildProcessError):
-            os.waitpid(self.pid, 0)
+    def drop(self, *labels: str) -> None:
+        for label in labels:
+            if self.copies.pop(label, None) is not None:
+                self._say(f"drop {label}")
 
+    def ready(self) -> None:
+        """The manager serves. If it ended before, its start has failed."""
+        self._say("ready")
 
-def start() -> Keeper:
-    """Fork the keeper. To be called before the process has threads."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            ours.close()
-            _keep(theirs)
-            status = 0
-        finally:
-            os._exit(status)
-    theirs.close()
-    return Keeper(pid, ours)
+    def goodbye(self) -> None:
+        """The manager ends in order: there will be no other one."""
+        self._say("goodbye")
 
+    def restart(self) -> None:
+        """The manager ends, and the next one comes from what is installed by then."""
+        self._say("restart")
 
-def _keep(channel: socket.socket) -> None:
-    """Hold what comes until the goodbye, or for a while after the manager's death."""
-    os.setsid()
-    for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(one, signal.SIG_IGN)
-    syscalls.name_process("hwpoison-keeper")
-    os.closerange(3, channel.fileno())
-    os.closerange(channel.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
-    null = os.open(os.devnull, os.O_RDWR)
-    for standard in (0, 1, 2):
-        os.dup2(null, standard)
-    held: list[int] = []
-    while True:
-        message, fds, _, _ = socket.recv_fds(channel, 16, 1)
-        held += fds
-        if message == _GOODBYE:
+    def replace(self, channel: socket.socket) -> None:
+        """The keeper has died. There is another one at `channel`: give it everything."""
+        self.channel.close()
+        channel.setblocking(False)
+        self.channel = channel
+        for _, fds in self._waiting:
+            for fd in fds:
+                os.close(fd)
+        self._waiting.clear()
+        self.keep(*self.copies.items())
+        self.ready()
+
+    @property
+    def behind(self) -> bool:
+        """True if there is something that it has not taken yet: `go_on` when its channel can be written to."""
+        return bool(self._waiting)
+
+    def go_on(self) -> None:
+        """Send what waits."""
+        while self._waiting:
+            message, fds = self._waiting[0]
+            if not self._sent(message, fds):
+                return
+            self._waiting.popleft()
+            for fd in fds:
+                os.close(fd)
+
+    def _say(self, text: str, fds: list[int] | None = None) -> None:
+        message = text.encode()
+        if not self._waiting and self._sent(message, fds or []):
             return
-        if not message:
-            break
-    deadline = time.monotonic() + HOLD_SECONDS
-    while (left := deadline - time.monotonic()) > 0:
-        select.select([], [], [], left)
+        poll = select.poll()
+        poll.register(self.channel, select.POLLOUT)
+        while not self._waiting and poll.poll(SLOW_SECONDS * 1000):
+            if self._sent(message, fds or []):
+                return
+        # The keeper is stopped, or slow. The descriptors may be closed here before it reads.
+        self._waiting.append((message, [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3) for fd in fds or []]))
+
+    def _sent(self, message: bytes, fds: list[int]) -> bool:
+        try:
+            socket.send_fds(self.channel, [message], fds, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass  # It is dead, and will be replaced.
+        return True
+
+
+def run(
+    manage: Manage, held: Held, resume: Callable[[Held, int], None], first: socket.socket | None = None, life: int = 0
+) -> int:
+    """Be a keeper until a manager says goodbye; the exit status.
+
+    `resume` executes what is installed now, with what is held, instead of this program. `first` is only for the first
+    manager. `life`: so many managers there were, of a program that was resumed.
+    """
+    return _Process(manage, held, resume, life, first).run()
+
+
+def adopt(manage: Manage, channel: socket.socket, life: int, resume: Callable[[Held, int], None]) -> int:
+    """Be the keeper of a manager that has lost its own, and is at the other end of `channel`."""
+    process = _Process(manage, {}, resume, life)
+    pid = struct.unpack("3i", channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))[0]
+    process.adopt(channel, pid)
+    return process.run()
+
+
+class _Process:
+    """The keeper process."""
+
+    def __init__(
+        self,
+        manage: Manage,
+        held: Held,
+        resume: Callable[[Held, int], None],
+        life: int = 0,
+        first: socket.socket | None = None,
+    ) -> None:
+        self._first = first
+        self._manage = manage
+        self._held = held
+        self._resume = resume
+        self._life = life
+        self._channel: socket.socket | None = None
+        self._pidfd = -1
+        self._pid = 0
+        self._ready = False
+        self._over = False
+        self._renew = False
+        self._told: list[int] = []
+        """Signals for the next manager: one that is not ready yet would die of them."""
+        for number in SIGNALS:
+            signal.signal(number, self._pass_on)
+
+    def run(self) -> int:
+        if self._life and self._channel is None and not self._succeed(time.monotonic()):
+            return self._give_up()
+        if self._channel is None:
+            self._start()
+        lives = 0
+        while True:
+            begun = time.monotonic()
+            self._listen(None if self._life == 1 or self._ready else begun + GIVE_UP_SECONDS)
+            status = self._wait()
+            if self._over or (self._life == 1 and not self._ready):
+                return status if status >= 0 else 1
+            died = time.monotonic()
+            if self._renew:
+                self._resume(self._held, self._life)
+            else:
+                _say(f"hwpoison: the manager has ended {_how(status)}; another one takes over")
+            hurried = status != -signal.SIGKILL and died - begun < SHORT_LIFE_SECONDS
+            lives = lives + 1 if hurried else 0
+            if lives == SHORT_LIVES_MAX or not self._succeed(died):
+                return self._give_up()
+
+    @staticmethod
+    def _give_up() -> int:
+        """What is held is let go with the end of this process."""
+        _say(
+            f"hwpoison: the manager has died, and no other one could be started within {GIVE_UP_SECONDS:.0f} s: "
+            "processes that map its memory are ended by SIGBUS"
+        )
+        return 1
+
+    def adopt(self, channel: socket.socket, pid: int) -> None:
+        self._channel, self._pidfd, self._ready = channel, os.pidfd_open(pid), True
+
+    # --- a manager's life
+
+    def _succeed(self, died: float) -> bool:
+        """Start managers until one is ready; False if none is in time."""
+        while True:
+            self._start()
+            self._listen(died + GIVE_UP_SECONDS, until_ready=True)
+            if self._ready:
+                return True
+            self._wait()
+            left = died + GIVE_UP_SECONDS - time.monotonic()
+            if left <= 0:
+                return False
+            time.sleep(min(PAUSE_SECONDS, left))
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._life += 1
+        self._ready = False
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._pid = os.fork()
+        if not self._pid:
+            status = 1
+            try:
+                ours.close()
+                for number in SIGNALS:
+                    signal.signal(number, signal.SIG_DFL)
+                # What the terminal sends to this program comes to the keeper, and from there.
+                os.setsid()
+                status = self._manage(Keeper(theirs, self._held), dict(self._held), self._life)
+            except BaseException:  # noqa: BLE001  (nothing of this process may go on in the child)
+                traceback.print_exc()
+            finally:
+                with suppress(OSError, ValueError):
+                    sys.stderr.flush()
+                os._exit(status)
+        theirs.close()
+        if self._first is not None:
+            self._first.close()
+            self._first = None
+        self._channel, self._pidfd = ours, os.pidfd_open(self._pid)
+
+    def _listen(self, deadline: float | None, *, until_ready: bool = False) -> None:
+        """Take what the manager gives, until it ends, or is to be ready and was not at the deadline."""
+        assert self._channel is not None
+        poll = select.poll()
+        poll.register(self._channel, select.POLLIN)
+        while not (until_ready and self._ready):
+            wait = None if deadline is None or self._ready else max(0.0, deadline - time.monotonic()) * 1000
+            if not poll.poll(wait):
+                return
+            if not self._take(self._channel):
+                return
+
+    def _take(self, channel: socket.socket) -> bool:
+        """One message; False if there are no more."""
+        space = socket.CMSG_SPACE(THINGS_LIMIT * 4)
+        try:
+            data, ancillary, _, _ = channel.recvmsg(MESSAGE_LIMIT, space, socket.MSG_CMSG_CLOEXEC)
+        except ConnectionResetError:
+            return False
+        fds = array.array("i")
+        for _, _, content in ancillary:
+            fds.frombytes(content[: len(content) // 4 * 4])
+        verb, *labels = data.decode().split(" ")
+        match verb:
+            case "keep":
+                for label, fd in zip(labels, fds, strict=False):
+                    self._let_go(label)
+                    self._held[label] = fd
+            case "drop":
+                for label in labels:
+                    self._let_go(label)
+            case "ready":
+                self._ready = True
+                told, self._told = self._told, []
+                for number in told:
+                    self._pass_on(number, None)
+            case "goodbye":
+                self._over = True
+            case "restart":
+                self._renew = True
+        return bool(data)
+
+    def _let_go(self, label: str) -> None:
+        fd = self._held.pop(label, -1)
+        if fd < 0:
+            return
+        if label.startswith(FILE):
+            # Its file system may never answer. (A thread that waits for that holds nothing that a fork would need.)
+            threading.Thread(target=_close, args=(fd,), daemon=True).start()
+        else:
+            _close(fd)
+
+    def _wait(self) -> int:
+        """The manager has ended, or has to: its status, negative for a signal."""
+        assert self._channel is not None
+        self._channel.close()
+        self._channel = None
+        pidfd, self._pidfd = self._pidfd, -1
+        if not self._over and not self._renew:
+            # It has let go of us, or is not ready in time. There must not be two of them.
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        _wait_for(pidfd)
+        os.close(pidfd)
+        if not self._pid:
+            return -signal.SIGKILL
+        _, status = os.waitpid(self._pid, 0)
+        self._pid = 0
+        return os.waitstatus_to_exitcode(status)
+
+    def _pass_on(self, number: int, _frame: object) -> None:
+        if not self._ready or self._pidfd < 0:
+            self._told.append(number)
+            return
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, number)
+
+
+def _wait_for(pidfd: int) -> None:
+    # `select` knows no descriptors from 1,024 on.
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    poll.poll()
+
+
+def _close(fd: int) -> None:
+    with suppress(OSError):
+        os.close(fd)
+
+
+def _how(status: int) -> str:
+    return f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
+
+
+def _say(line: str) -> None:
+    with suppress(OSError, ValueError):
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()

@@ -6,6 +6,7 @@ It ends when it is told to and nobody maps its memory any more, or, if it is pri
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import socket
@@ -20,9 +21,13 @@ from hwpoison import protocol
 from hwpoison.core.manager import MemoryManager
 from hwpoison.core.mappings import Client
 from hwpoison.core.records import Event, Failure, Notice, kernel_line
+from hwpoison.core.takeover import take_over
 from hwpoison.linux.descriptors import Descriptors
+from hwpoison.linux.inheritance import LinuxInheritance
+from hwpoison.linux.journal import FORMAT
 from hwpoison.linux.machine import LinuxMachine
 from hwpoison.service.eventlog import EventLog
+from hwpoison.service.keeper import Keeper
 from hwpoison.service.session import Session
 
 PAUSE_SECONDS = 1.0
@@ -40,6 +45,9 @@ class Server:
         *,
         address: str,
         instance: str,
+        life: int,
+        keeper: Keeper,
+        new_keeper: Callable[[], socket.socket],
         events: EventLog,
         private: bool,
         leave: Callable[[], None],
@@ -51,8 +59,10 @@ class Server:
         self.address = address
         self.sessions_of: dict[int, Session] = {}
         self.manager = MemoryManager(
-            machine, self, instance=instance, memory_limit=memory_limit, offline_foreign=offline_foreign
+            machine, self, instance=instance, life=life, memory_limit=memory_limit, offline_foreign=offline_foreign
         )
+        self._keeper = keeper
+        self._new_keeper = new_keeper
         self.descriptors = Descriptors()
         self._listener = listener
         self._events = events
@@ -64,16 +74,28 @@ class Server:
         """Nobody new is served any more."""
         self.over = asyncio.Event()
         """Nor is anybody else."""
+        self.renewing = False
+        """Another manager takes over at once."""
 
     async def run(self, first: socket.socket | None = None) -> None:
         """Serve until stopped; `first` is a client that is connected already."""
         self._listener.setblocking(False)
         loop = asyncio.get_running_loop()
+        self.machine.records.put(("life",), [self.manager.life, self.instance])
+        if self.manager.life > 1:
+            await self._take_over()
+        self._watch_keeper()
         self._listen()
         if first is not None:
             self._admit(first)
+        elif self._private and not self._sessions:
+            self.stop.set()
+        self._keeper.ready()
+        self._keep_up()
         await self.stop.wait()
         loop.remove_reader(self._listener)
+        if self.renewing:
+            return
         # Before the socket is closed: what is at that place afterwards is another manager's.
         self._leave()
         self._listener.close()
@@ -88,6 +110,72 @@ class Server:
         await self.manager.close()
         self.descriptors.close()
 
+    async def _take_over(self) -> None:
+        """All that managers before this one had."""
+        inheritance = LinuxInheritance(self.machine)
+        numbers = [int(key[1]) for key in self.machine.records.all() if key[0] == "session"]
+        sessions = [Session.inherited(self, inheritance, number) for number in sorted(numbers)]
+        for session in sessions:
+            self._sessions.add(session)
+            self.sessions_of[session.number] = session
+        await take_over(self.manager, inheritance)
+        for session in sessions:
+            session.go_on(inheritance)
+        for session in sessions:
+            session.listen()
+        for label, fd in inheritance.nobodys().items():
+            self.machine.keeping.drop(label)
+            self.spawn(self.machine.let_go(fd))
+
+    # --- the keeper
+
+    def _watch_keeper(self) -> None:
+        asyncio.get_running_loop().add_reader(self._keeper.channel, self._keeper_ended)
+
+    def _keeper_ended(self) -> None:
+        """It never says anything. There must be another one."""
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._keeper.channel)
+        loop.remove_writer(self._keeper.channel)
+        if self.stop.is_set() and (self.over.is_set() or self._private):
+            return
+        log.warning("the keeper has died; another one is started")
+        self._keeper.replace(self._new_keeper())
+        self._watch_keeper()
+        self._keep_up()
+        if not self._private:
+            # It was the process that was started to serve: who has ended it, or waits for it, must not find this one here.
+            self.told_to_end()
+
+    def _keep_up(self) -> None:
+        """Send the keeper what it has not taken yet."""
+        loop = asyncio.get_running_loop()
+        self._keeper.go_on()
+        if self._keeper.behind:
+            loop.add_writer(self._keeper.channel, self._keep_up)
+        else:
+            loop.remove_writer(self._keeper.channel)
+
+    def keep(self) -> None:
+        """Something was given to the keeper that it may not have taken."""
+        if self._keeper.behind:
+            self._keep_up()
+
+    async def restart(self) -> None:
+        """Let another manager take over, of what is installed now. Never returns; raises OSError if it can't."""
+        check = await asyncio.create_subprocess_exec(
+            sys.executable, "-P", "-m", "hwpoison.service.daemon", "--reads-journal", str(FORMAT),
+            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        _, said = await check.communicate()
+        if check.returncode:
+            why = said.decode(errors="replace").strip().rpartition("\n")[2]
+            raise OSError(errno.EPROTO, f"what is installed now can't take over, and this manager goes on: {why}")
+        self.renewing = True
+        self.stop.set()
+        # The next one answers.
+        await asyncio.get_running_loop().create_future()
+
     async def _nobody_maps(self) -> None:
         """Until the last process that maps memory is gone, for whom nobody else could serve a fault, or `over`."""
         pids = {client.pid for client in self.manager.clients() if client.mappings}
@@ -100,6 +188,7 @@ class Server:
 
     def request_answered(self) -> None:
         """Or a client has gone: look whether that was the last one for whom we have stayed."""
+        self.keep()
         if self.stop.is_set() and not any(one.references for one in self.manager.objects()):
             self.over.set()
 
@@ -142,10 +231,13 @@ class Server:
         if uid not in (os.geteuid(), 0):
             _refuse(connection, PermissionError(f"this manager serves user {os.geteuid()} and root, not user {uid}"))
             return
-        self._sessions.add(Session(self, connection, pid))
+        session = Session(self, connection, pid)
+        self._sessions.add(session)
+        session.listen()
 
     def session_ended(self, session: Session) -> None:
         self._sessions.discard(session)
+        self.keep()
         self.sessions_of = {number: one for number, one in self.sessions_of.items() if one is not session}
         if self._private and not self._sessions:
             self.stop.set()
@@ -165,6 +257,7 @@ class Server:
             socket=protocol.printable_path(self.address),
             memory_limit=self.manager.memory_limit,
             memory_present=self.manager.reclaim.present * size,
+            restarts=self.manager.life - 1,
             clients=len(self.manager.clients()),
             objects=len(self.manager.objects()),
             outcomes=dict(counted.outcomes),

@@ -11,14 +11,18 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from hwpoison import protocol
 from hwpoison.core import policy, recovery
+from hwpoison.core.journal import AskedBy, of_kind
 from hwpoison.core.mappings import Client, Mapping
 from hwpoison.core.objects import MemoryObject
 from hwpoison.core.pages import DIRTY
 from hwpoison.core.records import Notice
 from hwpoison.core.writeback import UnwrittenError
 from hwpoison.linux import userfaultfd
+from hwpoison.linux.inheritance import BOARD, PROCESS, SPACE, LinuxInheritance
 from hwpoison.linux.space import Board, LinuxSpace, Slot
 from hwpoison.linux.store import LinuxStore
 from hwpoison.service.channel import Channel, NoticeChannel
@@ -28,27 +32,103 @@ if TYPE_CHECKING:
 
 LOOK_SECONDS_MIN, LOOK_SECONDS_MAX = 0.05, 60.0
 """How often it is looked whether a client with which there is no connection any more still has its memory."""
+CONTROL, LIFELINE = "control", "lifeline"
+KEPT = (SPACE, PROCESS, BOARD, CONTROL, LIFELINE)
+"""What the keeper holds of a session, under these words and its number."""
 log = logging.getLogger("hwpoison")
 
 
 class Session:
-    """One client process."""
+    """One client process. It has a number from its Hello on, which for a client that maps is that of its `Client`.
 
-    def __init__(self, server: Server, connection: socket.socket, pid: int) -> None:
+    What the next manager can't do without is written down (`records`), under keys that begin with what it is and the number:
+    `session` (process, whether it maps, whether it was welcomed), `handle` (the number of the mapping, by the client's own
+    number for it), `listens` (how many losses it has had, if it listens) and `notice` (what it was not told yet). The keeper
+    holds its first socket and its end of the lifeline, and if it maps its userfaultfd, process and board.
+    """
+
+    def __init__(self, server: Server, connection: socket.socket, pid: int, number: int = 0) -> None:
         self.server = server
         self.pid = pid
+        self.number = number
         self.client: Client | None = None
-        self._greeted = False
         self._space: LinuxSpace | None = None
         self._board: Board | None = None
         self._slots: dict[int, Slot] = {}
         self._mappings: dict[int, Mapping] = {}
-        self._about_to_map: dict[Channel, list[MemoryObject]] = {}
+        self._about_to_map: dict[Channel, list[AskedBy]] = {}
+        self._unasked = 0
         self._flush_failed: dict[int, protocol.Failed] = {}
         self._losses = 0
+        self._maps = False
+        self._lifeline = -1
         self._notices: NoticeChannel | None = None
         self._next_look: asyncio.TimerHandle | None = None
-        self._channels: set[Channel] = {Channel(self, connection)}
+        self._control: Channel | None = Channel(self, connection)
+        """The first one, which the keeper holds too."""
+        self._channels: set[Channel] = {self._control}
+
+    # --- what a manager before this one has left
+
+    @classmethod
+    def inherited(cls, server: Server, inheritance: LinuxInheritance, number: int) -> Session:
+        """The session, before anything is served: `go_on` begins that."""
+        records = server.machine.records.all()
+        pid, maps, _ = records["session", number]
+        session = cls(server, socket.socket(fileno=inheritance.take(f"{CONTROL}:{number}")), pid, number)
+        session._losses = records.get(("listens", number), 0)
+        if ("listens", number) in records:
+            session._notices = session._notice_channel(None)
+            for (_, told), value in sorted(of_kind(records, "notice").items()):
+                if _ == number:
+                    assert isinstance(told, int)
+                    session._notices.tell(protocol.Told(told, value[0], msgspec.convert(value[1], Notice)))
+        session._maps = maps
+        session._lifeline = inheritance.find(f"{LIFELINE}:{number}")
+        return session
+
+    def go_on(self, inheritance: LinuxInheritance) -> None:
+        """The books are made: serve the client."""
+        server, records = self.server, self.server.machine.records.all()
+        if self._maps:
+            self.client = next(one for one in server.manager.clients() if one.number == self.number)
+            self._space = inheritance.spaces[self.number]
+            self._board = inheritance.board(self.number)
+            known = {one.number: one for one in (*self.client.mappings, *self.client.vacated)}
+            for (number, handle), mapping_number in of_kind(records, "handle").items():
+                if number == self.number and mapping_number in known:
+                    assert isinstance(handle, int)
+                    mapping = self._mappings[handle] = known[mapping_number]
+                    if mapping.hits is not None:
+                        self._slots[handle] = inheritance.slots[self.number, mapping.hits.index]
+            self._listen()
+        if not records["session", self.number][2]:
+            # Whether it got the welcome is not known; a second one does no harm.
+            self._welcome()
+
+    def listen(self) -> None:
+        """From now on the client's requests are read."""
+        if self._control is not None:
+            self._control.listen()
+
+    def _welcome(self) -> None:
+        assert self._control is not None
+        reply, fds = self._welcome_reply()
+        try:
+            self._control.say(reply, fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
+        self.replied(protocol.Hello())
+
+    def replied(self, request: protocol.Request | None) -> None:
+        """The reply is sent. It is in the client's socket, whatever becomes of this process."""
+        if self._control is None:
+            return  # It has ended meanwhile.
+        if isinstance(request, protocol.Hello) and self.number:
+            self.server.machine.records.put(("session", self.number), [self.pid, self._maps, True])
+        elif isinstance(request, protocol.ReportPage) and request.number:
+            self.server.manager.answered((self.number, request.number))
 
     # --- its life
 
@@ -62,14 +142,23 @@ class Session:
                 taken.setblocking(False)
                 protocol.send(taken, protocol.failed(error))
             return
+        added = protocol.Added(self.server.manager.life, os.getpid())
         if isinstance(request, protocol.AddChannel):
             channel = Channel(self, taken)
             self._channels.add(channel)
-            channel.welcome()
+            channel.listen()
+            channel.say(added)
             return
-        if self._notices is not None:
-            self._notices.close()
-        self._notices = NoticeChannel(taken, self.server.manager.stands)
+        if self._notices is None or self._notices.closed:
+            self._notices = self._notice_channel(None)
+        self.server.machine.records.put(("listens", self.number), self._losses)
+        self._notices.begin(taken, request.after, added)
+
+    def _notice_channel(self, connection: socket.socket | None) -> NoticeChannel:
+        records = self.server.machine.records
+        return NoticeChannel(
+            connection, self.server.manager.stands, lambda number: records.drop(("notice", self.number, number))
+        )
 
     def channel_closed(self, channel: Channel) -> None:
         """The last channel's end is the client's, unless its memory lives and still has mappings: those are served.
@@ -77,8 +166,8 @@ class Session:
         What was found through it and not mapped will not be: the client was interrupted.
         """
         self._channels.discard(channel)
-        for object_ in self._about_to_map.pop(channel, ()):
-            self.server.manager.release(object_)
+        for asked_by in self._about_to_map.pop(channel, ()):
+            self.server.manager.promise_over(asked_by)
         if not self._channels:
             if self._mappings:
                 self.server.spawn(self._end_if_gone(LOOK_SECONDS_MIN))
@@ -108,28 +197,45 @@ class Session:
         if self.client is not None:
             manager.remove_client(self.client)
             self.client = None
-        for held in self._about_to_map.values():
-            for object_ in held:
-                manager.release(object_)
+        for asked_by in [one for one in manager.promises if one[0] == self.number]:
+            manager.promise_over(asked_by)
         self._about_to_map.clear()
+        records = self.server.machine.records
+        with records.together():
+            for handle in self._mappings:
+                records.drop(("handle", self.number, handle))
+            records.drop(("listens", self.number))
+            records.drop(("session", self.number))
         self._mappings.clear()
         for channel in list(self._channels):
             channel.close()
         if self._notices is not None:
             self._notices.close()
+        # What refers to itself would stay, with its memory, until the garbage collector comes.
+        self._notices = self._control = None
+        self._slots.clear()
         if self._space is not None:
             self._space.close()
             self._space = None
         if self._board is not None:
             self._board.close()
             self._board = None
+        if self._lifeline >= 0:
+            os.close(self._lifeline)
+            self._lifeline = -1
+        if self.number:
+            self.server.machine.keeping.drop(*(f"{kind}:{self.number}" for kind in KEPT))
         self.server.session_ended(self)
 
     def tell(self, notice: Notice) -> None:
         """A loss, for those who listen."""
         self._losses += 1
-        if self._notices is not None:
+        if self._notices is not None and not self._notices.closed:
             object_ = self.server.manager.find(notice.name)
+            records = self.server.machine.records
+            with records.together():
+                records.put(("listens", self.number), self._losses)
+                records.put(("notice", self.number, self._losses), [object_.number, msgspec.to_builtins(notice)])
             self._notices.tell(protocol.Told(self._losses, object_.number, notice))
 
     # --- what it asks
@@ -139,7 +245,7 @@ class Session:
     ) -> tuple[protocol.Message | None, list[int]]:
         """The reply (None if it has gone another way) and its descriptors, which are the caller's to close; so are those of
         `fds` that are left in it."""
-        if not self._greeted and not isinstance(request, protocol.Hello):
+        if not self.number and not isinstance(request, protocol.Hello):
             raise ConnectionError("the first message must be Hello")
         if isinstance(request, (protocol.Hello, protocol.Allocate, protocol.Open)):
             self.server.descriptors.require()
@@ -152,7 +258,7 @@ class Session:
             case protocol.CountLosses():
                 return protocol.Losses(self._losses), []
             case protocol.Allocate() | protocol.Open() | protocol.Attach():
-                return self._found(await self._object(request, fds), channel)
+                return self._found(await self._object(request, fds), channel, request.mapping)
             case protocol.Map():
                 return await self._map(request, channel), []
             case protocol.Unmap():
@@ -163,11 +269,15 @@ class Session:
             case protocol.ReportPage():
                 if request.report.pfn is not None and not self.server.machine.knows_frames:
                     raise PermissionError("this manager is not root: pass name and offset, or pid and address")
-                return protocol.Handled(await self.server.manager.report(request.report)), []
+                asked_by = (self.number, request.number) if request.number else None
+                return protocol.Handled(await self.server.manager.report(request.report, asked_by)), []
             case protocol.ListObjects():
                 return protocol.ObjectList([_information(one) for one in self.server.manager.objects()]), []
             case protocol.GetStatistics():
                 return protocol.StatisticsReply(self.server.statistics()), []
+            case protocol.Restart():
+                if request.life >= self.server.manager.life:
+                    await self.server.restart()
             case protocol.SyncLog():
                 return protocol.LogPlace(await self.server.sync_log(), self.server.instance), []
             case _:
@@ -219,9 +329,8 @@ class Session:
                 f"the manager speaks protocol version {protocol.VERSION} and the client {request.version}: "
                 "install the same version of hwpoison on both sides"
             )
-        if self._greeted:
+        if self.number:
             raise ConnectionError("the second Hello of a client")
-        reply_fds = []
         if fds:
             features = userfaultfd.features_of(fds[0])
             if not features:
@@ -229,24 +338,44 @@ class Session:
             if features & ~(userfaultfd.NEEDED | userfaultfd.Feature.POISON):
                 raise ValueError("the userfaultfd was opened for more than this manager serves; leave other features out")
         # Also if what follows fails: what it has made by then must not be made twice.
-        self._greeted = True
-        if fds:
-            self._attach(fds)
-            assert self._board is not None
-            reply_fds = [os.dup(self._board.fd)]
+        self.number = self.server.manager.new_number()
         machine = self.server.machine
-        return (
-            protocol.Welcome(os.getpid(), machine.page_size, self.server.instance, machine.poison_markers),
-            reply_fds,
-        )
+        assert self._control is not None
+        machine.keeping.keep((f"{CONTROL}:{self.number}", self._control.fileno()))
+        with machine.records.together():
+            if fds:
+                self._attach(fds)
+            machine.records.put(("session", self.number), [self.pid, self._maps, False])
+        if self.client is not None:
+            self._listen()
+        return self._welcome_reply()
+
+    def _welcome_reply(self) -> tuple[protocol.Welcome, list[int]]:
+        machine = self.server.machine
+        fds = [] if self._board is None else [os.dup(self._board.fd)]
+        return protocol.Welcome(os.getpid(), machine.page_size, self.server.instance, machine.poison_markers), fds
 
     def _attach(self, fds: list[int]) -> None:
-        manager = self.server.manager
+        manager, machine, number = self.server.manager, self.server.machine, self.number
         pidfd = os.pidfd_open(self.pid)
-        self._space = self.server.machine.space(fds.pop(0), self.pid, pidfd)
+        self._space = machine.space(fds.pop(0), self.pid, pidfd)
+        self._lifeline = fds.pop(0) if fds else -1
         self._board = Board()
-        client = self.client = manager.add_client(self._space)
-        self.server.sessions_of[client.number] = self
+        self._maps = True
+        machine.keeping.keep(
+            (f"{SPACE}:{number}", self._space.fd),
+            (f"{PROCESS}:{number}", pidfd),
+            (f"{BOARD}:{number}", self._board.fd),
+        )
+        if self._lifeline >= 0:
+            machine.keeping.keep((f"{LIFELINE}:{number}", self._lifeline))
+        self.client = manager.add_client(self._space, number)
+        self.server.sessions_of[number] = self
+
+    def _listen(self) -> None:
+        manager, client = self.server.manager, self.client
+        assert client is not None
+        assert self._space is not None
 
         def on_fault(fault: userfaultfd.Fault) -> None:
             manager.fault(client, fault.address, fault.thread, write=fault.write, protected=fault.protected)
@@ -255,6 +384,10 @@ class Session:
 
     async def _object(self, request: protocol.Allocate | protocol.Open | protocol.Attach, fds: list[int]) -> MemoryObject:
         manager = self.server.manager
+        promised = manager.promises.get((self.number, request.mapping)) if request.mapping else None
+        if promised is not None:
+            # It was made for this very request, by a manager that has died before it could say so.
+            return promised
         if not isinstance(request, protocol.Attach) and request.name is not None:
             await manager.settled(request.name)
         if self.client is None:
@@ -294,17 +427,22 @@ class Session:
             await file.close()
             raise
 
-    def _found(self, object_: MemoryObject, channel: Channel) -> tuple[protocol.Message, list[int]]:
+    def _found(self, object_: MemoryObject, channel: Channel, mapping: int) -> tuple[protocol.Message, list[int]]:
         """The object, held until the client has mapped it: who gets the memory has given a userfaultfd."""
-        self.server.manager.hold(object_)
+        manager = self.server.manager
+        if not mapping:
+            self._unasked -= 1
+        asked_by = (self.number, mapping or self._unasked)
+        if asked_by not in manager.promises:
+            manager.promise(object_, asked_by)
         store = object_.store
         assert isinstance(store, LinuxStore)
         try:
             fd = os.dup(store.fd) if object_.writable else store.read_only_fd()
         except OSError:
-            self.server.manager.release(object_)
+            manager.promise_over(asked_by)
             raise
-        self._about_to_map.setdefault(channel, []).append(object_)
+        self._about_to_map.setdefault(channel, []).append(asked_by)
         reply = protocol.Found(
             object_.number, object_.name, object_.nbytes, object_.kind, object_.writable, object_.tracks_dirt
         )
@@ -312,19 +450,31 @@ class Session:
 
     async def _map(self, request: protocol.Map, channel: Channel) -> protocol.Message:
         manager = self.server.manager
-        held = next((one for one in self._about_to_map.get(channel, ()) if one.number == request.object), None)
+        promises = self._promises(request, channel)
+        asked_by = promises[0] if promises else None
         known = next((one.object for one in self._mappings.values() if one.object.number == request.object), None)
-        object_ = held or known
+        object_ = manager.promises[asked_by] if asked_by is not None else known
         if object_ is None or self.client is None or self._board is None:
             raise ValueError(f"object {request.object} was not allocated, opened or attached by this client")
-        if request.mapping in self._mappings:
+        mapping = self._mappings.get(request.mapping)
+        if mapping is not None and (mapping.object, mapping.address) == (object_, request.address):
+            # Asked again.
+            slot = self._slots.get(request.mapping)
+            await self._protect(mapping, request)
+            return protocol.Mapped(slot.index if slot else -1, mapping.error_seen)
+        if mapping is not None:
             raise ValueError(f"the client has a mapping {request.mapping} already; each needs a number of its own")
         assert self._space is not None
         if not self._space.reaches(request.address, object_.pages.count * object_.page_size):
             raise ValueError(f"{object_.name!r} can't be mapped at {request.address:#x}: no process has such addresses")
         slot = self._board.slot() if request.guarded else None
+        records = self.server.machine.records
         try:
-            mapping = manager.map(self.client, object_, request.address, slot)
+            with records.together():
+                mapping = manager.map(self.client, object_, request.address, slot)
+                records.put(("handle", self.number, request.mapping), mapping.number)
+                if asked_by is not None:
+                    manager.promise_over(asked_by)
         except Exception:
             if slot is not None:
                 self._board.free(slot)
@@ -332,22 +482,38 @@ class Session:
         self._mappings[request.mapping] = mapping
         if slot is not None:
             self._slots[request.mapping] = slot
-        if held is not None:
-            self._about_to_map[channel].remove(held)
-            manager.release(held)
-        if object_.tracks_dirt and slot is None:
-            # The client has done it, but a page that was taken away before this mapping was known can have lost its marker.
-            try:
-                await self._space.protect(request.address, object_.pages.count * object_.page_size)
-            except OSError:
-                if request.mapping in self._mappings:
-                    self._unmap(request.mapping)
-                raise
+        if asked_by is not None and asked_by in self._about_to_map.get(channel, ()):
+            self._about_to_map[channel].remove(asked_by)
+        await self._protect(mapping, request)
         return protocol.Mapped(slot.index if slot else -1, mapping.error_seen)
 
+    def _promises(self, request: protocol.Map, channel: Channel) -> list[AskedBy]:
+        """Those of the object that are meant for this mapping, the best first."""
+        promises = self.server.manager.promises
+        asked_by = (self.number, request.mapping)
+        through_channel = [one for one in self._about_to_map.get(channel, ()) if one[1] < 0]
+        return [one for one in (asked_by, *through_channel) if one in promises and promises[one].number == request.object]
+
+    async def _protect(self, mapping: Mapping, request: protocol.Map) -> None:
+        """The client has done it, but a page that was taken away before the mapping was known can have lost its marker."""
+        object_ = mapping.object
+        if not object_.tracks_dirt or mapping.hits is not None or self._space is None:
+            return
+        try:
+            await self._space.protect(request.address, object_.pages.count * object_.page_size)
+        except OSError:
+            if request.mapping in self._mappings:
+                self._unmap(request.mapping)
+            raise
+
     def _unmap(self, number: int) -> None:
+        if (self.number, number) in self.server.manager.promises:
+            # The client was interrupted before it mapped it.
+            self.server.manager.promise_over((self.number, number))
+            return
         mapping = self._mapping(number)
         del self._mappings[number]
+        self.server.machine.records.drop(("handle", self.number, number))
         self._flush_failed.pop(number, None)
         slot = self._slots.pop(number, None)
         if slot is not None and self._board is not None:

@@ -42,6 +42,7 @@ class Agent:
         self.mapping: Mapping | None = None
         self.owns = False
         """The manager was told of its mapping, and not yet of the mapping's end."""
+        self.told_end = False
         self.guard = Guard(self) if any(step.kind == "look" for step in script) else None
         self.mourned = False
         self.request: Any = None
@@ -55,10 +56,23 @@ class Agent:
         """Map the object."""
         world, object_ = self.world, self.world.object
         private = not object_.writable or self.guard is not None
-        self.area = self.process.map(world.store, private=private, protected=object_.tracks_dirt and not private)
+        if self.area is None:
+            self.area = self.process.map(world.store, private=private, protected=object_.tracks_dirt and not private)
         hits = self.guard.hits if self.guard is not None else None
         self.mapping = world.manager.map(self.client, object_, self.area.address, hits)
         self.owns = True
+
+    def taken_over(self, mappings: dict[int, Mapping]) -> None:
+        """There is another manager, which knows these mappings. What was not answered is asked again."""
+        self.request = None
+        self.mourned = self.client.number not in [one.number for one in self.world.manager.clients()]
+        if self.mapping is None:
+            # The manager may have got to know of it, and have died before anybody else did.
+            known = [one for one in mappings.values() if one.client is self.client]
+            self.mapping = known[0] if known else None
+        else:
+            self.mapping = mappings.get(self.mapping.number)
+        self.owns = self.mapping is not None and self.process.alive and not self.told_end
 
     def add_events(self, events: list[Event], *, manager: bool) -> None:
         """What it, or its end, can be the next to do; with the manager, if that is alive."""
@@ -112,9 +126,10 @@ class Agent:
             self.process.unmap(self.area)
             self.at += 1
         elif step.kind == "tell":
-            assert self.mapping is not None
             self.owns = False
-            self.world.manager.unmap(self.mapping)
+            self.told_end = True
+            if self.mapping is not None:
+                self.world.manager.unmap(self.mapping)
             self.at += 1
         elif step.kind == "attach":
             self._attach()
@@ -176,12 +191,12 @@ class Agent:
     def report_to_manager(self, page: int) -> None:
         """The kernel has told this process of a page that it declares bad: the manager hears of it, once."""
         world = self.world
-        if page not in world.unreported or world.dead or not self.process.alive or self.mapping is None:
+        if page not in world.unreported or not self.process.alive or self.mapping is None:
             return
         world.unreported.discard(page)
         report = Report(pid=self.process.pid, address=self.mapping.address_of(page), action_required=True)
         world.touched_by_manager()
-        world.start(f"report of {self.name} of {page}", world.reported(report))
+        world.ask(f"report of {self.name} of {page}", lambda world, _: world.reported(report), page)
 
     def _signalled(self) -> None:
         self.world.touched(self.process)
@@ -210,7 +225,8 @@ class Agent:
             self.at = len(self.script)
             return
         world.touched_all()
-        self.map()
+        if self.mapping is None:
+            self.map()
         assert self.area is not None
         address, nbytes = self.area.address, self.area.count * object_.page_size
 
@@ -242,6 +258,7 @@ class Guard:
         self.seen = 0
         """At which count the guard has begun."""
         self.saw_zeros = False
+        self.asked = False
         self.reply: tuple[list[int], int] | None = None
         """What the manager has answered, and the library has not acted on yet."""
 
@@ -257,7 +274,10 @@ class Guard:
         if self.reply is not None:
             self._settle(kind)
             return
-        self.hits.guards += 1 if kind == "enter" else -1
+        if not self.asked:
+            # Of what it asks, this is done once.
+            self.hits.guards += 1 if kind == "enter" else -1
+        self.asked = True
         since = self.clean if kind == "enter" else self.seen
         if self.hits.count != since:
             self.agent.start(kind, self._ask(since))
@@ -281,6 +301,7 @@ class Guard:
         self._done(kind, pages)
 
     def _done(self, kind: str, met: list[int]) -> None:
+        self.asked = False
         if kind == "enter":
             self.seen = self.clean
         else:

@@ -81,13 +81,13 @@ def run(
     world = world or World(scenario, choices, mode)
     loop, expectation = world.loop, world.expectation
     # This runs some million times: what can be looked up once is.
-    step, losses, taken, known = world.step, world.object.losses, choices.taken, choices.known
+    step, taken, known = world.step, choices.taken, choices.known
     violation, pruned = None, False
     repeats, chosen, last = Repeats(world), -1, 0
     loop.enter()
     try:
         while step():
-            if losses:
+            if world.object.losses:
                 expectation.look_at_losses()
             if len(taken) >= known:
                 violation = expectation.check()

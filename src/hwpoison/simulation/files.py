@@ -128,5 +128,8 @@ class SimulatedFile:
             endings.append(("fails", fails))
         await self._machine.slow(f"sync {self.disk.name}", (self.disk, 0, 0), None, endings)
 
+    def keep(self, number: int) -> None:
+        self._machine.kept[number] = self.disk
+
     async def close(self) -> None:
         pass

@@ -24,15 +24,16 @@ from typing import Any
 from hwpoison.core import locks, mappings, objects, reclaim
 from hwpoison.core.accounting import Statistics
 from hwpoison.core.failure import Handling, Row
-from hwpoison.core.manager import MemoryManager
+from hwpoison.core.journal import Journal
 from hwpoison.core.pages import Pages
 from hwpoison.core.records import Event as LogEvent
+from hwpoison.core.takeover import _Takeover
 from hwpoison.simulation import files, machine, memory, processes
 from hwpoison.simulation.agents import Agent, Guard
 from hwpoison.simulation.invariants import Expectation
 from hwpoison.simulation.loop import SimulationLoop, TimedCallback
 from hwpoison.simulation.scenario import Scenario
-from hwpoison.simulation.world import World
+from hwpoison.simulation.world import Manager, World
 
 _PLAIN = {int, bytes, bool, type(None), float}
 _CODE = (
@@ -114,9 +115,28 @@ class Fingerprint:
                 for one in world.agents
             ]),
             tuple([str(one) for one in world.to_come]), tuple(world.unreported), world.dead, world.may_die,
+            world.successors and self._to_succeed(),
             tuple([one.owner for one in loop.ready]),
             tuple(sorted([(round(at - loop.time(), 9), one.owner) for at, _, one in loop.timers if not one.cancelled()])),
             loop.arriving if loop.mode == "batch" else None,
+        )  # fmt: skip
+
+    def _to_succeed(self) -> tuple[Any, ...]:
+        """What a successor finds, beside the memory."""
+        world = self._world
+        # Not how often what has happened: nothing depends on that.
+        records = sorted(
+            (self.canonical(key), self.canonical(value))
+            for key, value in world.machine.records.all().items()
+            if key[0] not in ("counted", "answer")
+        )
+        answers = [key for key in world.machine.records.all() if key[0] == "answer"]
+        transit = [self._frame(page.number) for store in world.machine.stores for page in store.transit]
+        told = tuple(sorted(world.errors_seen.items()))
+        return (
+            hash(repr(records)), len(answers), tuple(transit), world.successors, world.taking_over, told,
+            len(world.unanswered), self.canonical(world.manager.answers), len(world._to_begin),
+            hash(repr(world._left)) if world.dead else None,
         )  # fmt: skip
 
     def _tasks(self) -> tuple[Any, ...]:
@@ -250,7 +270,8 @@ def _learned(kind: type, value: Any) -> Callable[[Fingerprint, Any], Any]:
 
 
 _ONLY = (
-    MemoryManager, World, SimulationLoop, Expectation, machine.SimulatedMachine, processes.SimulatedHits,
+    Manager, World, SimulationLoop, Expectation, machine.SimulatedMachine, processes.SimulatedHits, Journal,
+    machine.SimulatedRecords, machine.SimulatedInheritance, _Takeover,
     mappings.ReverseMap, Pages, reclaim.Reclaim, Statistics, Scenario, Agent, Guard,
 )  # fmt: skip
 """Of these there is one, or its content is part of the fingerprint in another place."""

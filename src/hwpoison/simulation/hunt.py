@@ -63,9 +63,9 @@ def hunt(name: str, schedules_max: int | None = None) -> Hunt:
     total = 0
     with planted(wanted):
         from hwpoison.simulation.explore import explore  # noqa: PLC0415  (with the mutant in it)
-        from hwpoison.simulation.matrix import apart, pairs, two_pages  # noqa: PLC0415
+        from hwpoison.simulation.matrix import apart, pairs, restarts, two_pages  # noqa: PLC0415
 
-        scenarios = [*pairs(misfortunes=True), *apart(), *two_pages()]
+        scenarios = [*pairs(misfortunes=True), *apart(), *restarts(), *two_pages()]
         for scenario in sorted(scenarios, key=lambda one: not str(one).startswith(wanted.hint)):
             cell = explore(scenario, wanted.mode, schedules_max=schedules_max)
             gc.collect()
@@ -116,6 +116,19 @@ COMPARED = (
 """Cells without a worker, small enough to be explored without any reduction."""
 
 
+COMPARED_DYING = (
+    ("read-only", ("absent",), ("read",)),
+    ("read-only", ("present",), ("report",)),
+    ("anonymous", ("lost",), ("read",)),
+    ("anonymous", ("lost",), ("repair", "read")),
+    ("writable", ("dirty",), ("flush",)),
+    ("writable", ("dirty", "absent"), ("flush", "read")),
+    ("writable", ("absent",), ("request to write",)),
+    ("cached", ("present",), ("evict", "write")),
+)
+"""The same, with the manager's death and one that takes over."""
+
+
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """One cell with one mutant: was anything caught, without reduction and with each (sleep sets are for quiet mode).
@@ -154,17 +167,37 @@ def compare(name: str, schedules_max: int) -> list[Comparison]:
         from hwpoison.simulation.scenario import Scenario  # noqa: PLC0415
 
         gc.freeze()
-        for kind, state, operations in COMPARED:
-            for pages in (1, 2)[: len(operations)]:
-                on = tuple((one, number % pages) for number, one in enumerate(operations))
-                scenario = Scenario(kind, (state,) * pages, on, worker=(), budget=BUDGETS[kind])
+        scenarios = [
+            Scenario(
+                kind,
+                (state,) * pages,
+                tuple((one, number % pages) for number, one in enumerate(operations)),
+                worker=(),
+                budget=BUDGETS[kind],
+            )
+            for kind, state, operations in COMPARED
+            for pages in (1, 2)[: len(operations)]
+        ]
+        scenarios += [
+            Scenario(
+                kind,
+                states,
+                tuple((one, number % len(states)) for number, one in enumerate(operations)),
+                worker=(),
+                budget=BUDGETS[kind],
+                death=True,
+                successors=1,
+            )
+            for kind, states, operations in COMPARED_DYING
+        ]
+        for scenario in scenarios:
 
-                def verdict(hashing: bool, sleeping: bool, scenario: Scenario = scenario) -> bool | None:
-                    cell = explore(scenario, mode, hashing=hashing, sleeping=sleeping, schedules_max=schedules_max)
-                    return cell.violation is not None if cell.complete or cell.violation else None
+            def verdict(hashing: bool, sleeping: bool, scenario: Scenario = scenario) -> bool | None:
+                cell = explore(scenario, mode, hashing=hashing, sleeping=sleeping, schedules_max=schedules_max)
+                return cell.violation is not None if cell.complete or cell.violation else None
 
-                plain = verdict(False, False)
-                if plain is not None:
-                    found.append(Comparison(name, str(scenario), plain, *(verdict(*one) for one in reductions)))
-                gc.collect()
+            plain = verdict(False, False)
+            if plain is not None:
+                found.append(Comparison(name, str(scenario), plain, *(verdict(*one) for one in reductions)))
+            gc.collect()
     return found

@@ -111,10 +111,13 @@ class Expectation:
         self._may[page].append(become)
         self._reviving[page] += 1
         self.world.touched(page)
-        yield
-        self._may[page].remove(become)
-        self._reviving[page] -= 1
-        self.world.touched(page)
+        try:
+            yield
+        finally:
+            # Also if the manager has died: who has asked will ask again.
+            self._may[page].remove(become)
+            self._reviving[page] -= 1
+            self.world.touched(page)
 
     @contextmanager
     def may_be_fresh(self, page: int) -> Iterator[None]:
@@ -122,12 +125,14 @@ class Expectation:
         self._fresh[page] += 1
         self._reviving[page] += 1
         self.world.touched(page)
-        yield
-        self._fresh[page] -= 1
-        if not self._fresh[page]:
-            self._was[page].clear()
-        self._reviving[page] -= 1
-        self.world.touched(page)
+        try:
+            yield
+        finally:
+            self._fresh[page] -= 1
+            if not self._fresh[page]:
+                self._was[page].clear()
+            self._reviving[page] -= 1
+            self.world.touched(page)
 
     def placed(self, store: SimulatedStore, page: int, content: bytes) -> None:
         """The manager has put content into the page, for everybody to see."""
@@ -146,6 +151,18 @@ class Expectation:
                       f"{_text(expected)}.")  # fmt: skip
         elif page in self.world.object.losses and not self._reviving[page]:
             self.fail(f"A lost page stays lost until somebody repairs or discards it: page {page}.")
+
+    def taken_over(self, mappings: dict[int, Mapping]) -> None:
+        """There is another manager: handles are known by their numbers."""
+
+        def known(mapping: Mapping) -> Mapping:
+            return mappings.get(mapping.number, mapping)
+
+        self.owed = {known(one) for one in self.owed}
+        self._told_of = {known(one): wrong for one, wrong in self._told_of.items()}
+        # They are asked for again.
+        self._flushes.clear()
+        self._dirty.clear()
 
     # --- what processes see
 
@@ -184,7 +201,7 @@ class Expectation:
     def refused(self, who: str, page: int, *, guarded: bool, by_kernel: bool) -> None:
         """An access has ended with SIGBUS. The kernel's own mark stays in a page table whatever becomes of the page."""
         object_ = self.world.object
-        if by_kernel or self.world.dead:
+        if by_kernel or self.world.dead or self.world.taking_over:
             return
         if guarded:
             self.fail(f"No access is refused in a guard that is open: {who}, page {page}.")
@@ -252,8 +269,10 @@ class Expectation:
         busy = self._reporting[page]
         self._reporting[page] += 1
         found: list[Failure] = []
-        yield found
-        self._reporting[page] -= 1
+        try:
+            yield found
+        finally:
+            self._reporting[page] -= 1
         if busy and not found[0].already_poisoned and not self.world.object.closed:
             self.fail(f"A report that comes while another of the page is handled hears so: page {page}.")
 
@@ -335,7 +354,7 @@ class Expectation:
     def check(self) -> str | None:
         """The first sentence that does not hold."""
         world = self.world
-        if self.violation is not None or world.dead:
+        if self.violation is not None or world.dead or world.taking_over:
             return self.violation
         object_, store = world.object, world.store
         if world.defects:
@@ -375,7 +394,7 @@ class Expectation:
     def look_at_losses(self) -> None:
         """After every step, also one that is only told again: those who are owners now are those who had to be told."""
         object_ = self.world.object
-        if self.world.dead:
+        if self.world.dead or self.world.taking_over:
             return
         for page, loss in object_.losses.items():
             key = (loss.event_id, page)

@@ -25,17 +25,19 @@ by direct I/O in flight (10), a process that is not registered (4), more than on
 from __future__ import annotations
 
 import asyncio
+import copy
 import errno
 import mmap
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from hwpoison.core.machine import Runs, Store, Table
+from hwpoison.core.machine import Key, Runs, Store, Table
 from hwpoison.simulation.choices import MANAGER, Event
-from hwpoison.simulation.files import Disk
+from hwpoison.simulation.files import Disk, SimulatedFile
 from hwpoison.simulation.memory import SimulatedPage, SimulatedStore
-from hwpoison.simulation.processes import Process
+from hwpoison.simulation.processes import Process, SimulatedHits, SimulatedSpace
 
 OWN_PID = 2
 OWN_FRAME = 1
@@ -125,6 +127,10 @@ class SimulatedMachine:
         self.given_back: list[int] = []
         """Bad frames that were taken out and given back to the system."""
         self.free: list[int] = []
+        self.records = SimulatedRecords(self)
+        self.between: Callable[[], None] = _nothing
+        self.kept: dict[int, Disk] = {}
+        """The files of objects, by number."""
         self._frames = FIRST_FRAME
         self._inodes = 0
 
@@ -198,8 +204,8 @@ class SimulatedMachine:
 
     # --- what the core asks
 
-    def create(self, name: str, nbytes: int) -> SimulatedStore:
-        store = SimulatedStore(self, name, nbytes)
+    def create(self, name: str, nbytes: int, number: int = 0) -> SimulatedStore:
+        store = SimulatedStore(self, name, nbytes, self.table(-(-nbytes // self.page_size)), number)
         self.stores.append(store)
         return store
 
@@ -223,6 +229,10 @@ class SimulatedMachine:
         result: tuple[int, int] | None = await self.slow(f"find frame {number}", None, number, [("done", search)])
         return result
 
+    @property
+    def held(self) -> int:
+        return self.quarantine.total()
+
     def quarantined(self, number: int) -> bool:
         return bool(self.quarantine[number])
 
@@ -234,6 +244,78 @@ class SimulatedMachine:
 
     def close(self) -> None:
         """Nothing is left to be let go of."""
+
+
+class SimulatedRecords:
+    """See `core.machine.Records`. `between` of the machine is called whenever something is written down, before that and
+    after."""
+
+    def __init__(self, machine: SimulatedMachine) -> None:
+        self._machine = machine
+        self._values: dict[Key, Any] = {}
+        self._together = 0
+
+    def put(self, key: Key, value: Any) -> None:
+        with self.together():
+            self._values[key] = value
+
+    def drop(self, key: Key) -> None:
+        with self.together():
+            self._values.pop(key, None)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        if not self._together:
+            self._machine.between()
+        self._together += 1
+        try:
+            yield
+        finally:
+            self._together -= 1
+        if not self._together:
+            self._machine.between()
+
+    def all(self) -> dict[Key, Any]:
+        return copy.deepcopy(self._values)
+
+    def require(self) -> None:
+        pass
+
+    def restore(self, values: dict[Key, Any]) -> None:
+        """To what they were when a manager died."""
+        self._values = values
+        self._together = 0
+
+
+class SimulatedInheritance:
+    """See `core.machine.Inheritance`. `hits` are those of the guarded views that there are, by client."""
+
+    def __init__(self, machine: SimulatedMachine, hits: dict[int, SimulatedHits]) -> None:
+        self._machine = machine
+        self._hits = hits
+
+    def store(self, number: int, name: str, nbytes: int) -> SimulatedStore:
+        store = next(one for one in self._machine.stores if one.number == number)
+        # Those were in the page table of the one before.
+        store.marks.clear()
+        return store
+
+    def transit(self, *, hold: bool) -> None:
+        for store in self._machine.stores:
+            for page in store.transit:
+                assert hold, "a page that was taken out is still there"
+                if not page.held:
+                    self._machine.quarantine[page.number] += 1
+            store.transit.clear()
+
+    def file(self, number: int) -> SimulatedFile:
+        return SimulatedFile(self._machine, self._machine.kept[number])
+
+    def space(self, number: int, pid: int) -> SimulatedSpace:
+        return next(one.space for one in self._machine.processes if one.pid == pid)
+
+    def hits(self, number: int, index: int) -> SimulatedHits:
+        return self._hits[number]
 
 
 def _nothing_before(store: SimulatedStore, first: int, count: int) -> None:

@@ -1,7 +1,8 @@
 """The cells that are explored: every state of a page with every pair of operations, beside a client that always works.
 
-There are four matrices: `pairs` on one page, `two_pages`, `deaths`, each operation by itself with the manager's death at
-every choice, and `old_kernels`, pairs again where there are no poison markers.
+There are five matrices: `pairs` on one page, `two_pages`, `deaths`, each operation by itself with the manager's death at
+every choice, `restarts`, the same with another manager that takes over, and `old_kernels`, pairs again where there are no
+poison markers.
 """
 
 from __future__ import annotations
@@ -132,10 +133,23 @@ def deaths() -> Iterator[Scenario]:
             yield Scenario(kind, (state,), ((operation, 0),), death=True)
 
 
+def restarts(successors: int = 1) -> Iterator[Scenario]:
+    """As `deaths`, and another manager takes over; all but the last one may die too."""
+    for one in deaths():
+        # What takes a page away may take its marker too.
+        budget = (("marker lost", 1),) if one.operations[0][0] == "evict" else ()
+        yield replace(one, successors=successors, budget=budget)
+    # What the death in a write-back does to the reading of another page.
+    for first in ("flush", "write back"):
+        operations = ((first, 0), ("read", 1))
+        yield Scenario("writable", ("dirty", "absent"), operations, worker=(), death=True, successors=successors)
+
+
 MATRICES: dict[str, Callable[[], Iterator[Scenario]]] = {
     "pairs": pairs,
     "two-pages": two_pages,
     "deaths": deaths,
+    "restarts": restarts,
     "old-kernels": old_kernels,
 }
 

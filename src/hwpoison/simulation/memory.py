@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hwpoison.core.machine import Content, NotIsolatedError, StaleFrameError
+from hwpoison.core.machine import Content, NotIsolatedError, StaleFrameError, Table
 from hwpoison.errors import EHWPOISON
 
 if TYPE_CHECKING:
@@ -61,9 +62,11 @@ class SimulatedFrame:
 class SimulatedStore:
     """See `core.machine.Store`."""
 
-    def __init__(self, machine: SimulatedMachine, name: str, nbytes: int) -> None:
+    def __init__(self, machine: SimulatedMachine, name: str, nbytes: int, flags: Table, number: int) -> None:
         self.machine = machine
         self.name = name
+        self.flags = flags
+        self.number = number
         self.size = machine.page_size
         self.pages: list[SimulatedPage | None] = [None] * -(-nbytes // self.size)
         self.areas: list[Area] = []
@@ -79,6 +82,14 @@ class SimulatedStore:
     def _unit(self) -> int:
         return self.machine.large_frame_bytes // self.size
 
+    def flagged(self) -> Iterator[tuple[int, int]]:
+        yield 0, len(self.pages)
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        self.machine.before(self, 0, len(self.pages))
+        self.machine.observe(tuple([page is not None for page in self.pages]))
+        return iter([(number, 1) for number, page in enumerate(self.pages) if page is not None])
+
     def take(self, page: int, number: int | None = None) -> SimulatedFrame | None:
         self.machine.before(self, page, 1)
         found = self.pages[page]
@@ -93,6 +104,7 @@ class SimulatedStore:
         self.pages[page] = None
         self._unmap(page, 1)
         self.marks.discard(page)
+        self.machine.between()
         return SimulatedFrame(self.machine, found, self.transit)
 
     def drop(self, first: int, count: int) -> None:
@@ -113,6 +125,7 @@ class SimulatedStore:
                 self._unmap(page, 1)
                 self.marks.discard(page)
                 self.machine.let_go(found)
+        self.machine.between()
         if stays:
             raise NotIsolatedError(errno.EBUSY, "some pages are part of a large frame")
 
@@ -135,6 +148,7 @@ class SimulatedStore:
     def publish(self, first: int, content: Content) -> None:
         self.machine.before(self, first, len(content) // self.size)
         self._place(first, bytes(content))
+        self.machine.between()
 
     def _place(self, first: int, content: bytes) -> None:
         for index in range(len(content) // self.size):
@@ -174,6 +188,7 @@ class SimulatedStore:
             part = bytes(data[begin - offset : end - offset])
             page.content = page.content[:at] + part + page.content[at + len(part) :]
             self.machine.placed(self, index, page.content)
+        self.machine.between()
 
     def moves(self, page: int) -> None:
         """Compaction moves a page to another frame (linux-facts 9): its old one is anybody's."""

@@ -95,18 +95,19 @@ WRITEBACK, LOCKS, POLICY, MANAGER = (
     "hwpoison.core.manager",
 )
 
+TAKEOVER = "hwpoison.core.takeover"
+
 MUTANTS = (
     Mutant(
         "flag set after the lock", "Linux 405ce051236c (the flag was set before the page could not change any more)",
         "a second report is handled beside the first", FAILURE,
-        "    object_.pages.set(POISONED, page)\n    held = object_.locks.hold(page)\n",
-        "    held = object_.locks.hold(page)\n",
+        "    handling.object.pages.set(POISONED, handling.page)\n", "",
     ),
     Mutant(
         "no recheck after the lock", "Linux a3e0f9e47d5e (the page was another one after it was locked)",
         "what the page was before the wait decides", FAILURE,
-        "            await _io_settled(handling)\n            row = identify(_observe(place, own=POISONED))\n",
-        "            await _io_settled(handling)\n",
+        "    return await _handle(handling, started, _act)\n",
+        "    return await _handle(handling, started, lambda handling, _: _act(handling, row))\n",
     ),
     Mutant(
         "no wait for write-back", "Linux e8675d291ac0 (the wait for write-back was skipped)",
@@ -137,8 +138,7 @@ MUTANTS = (
     Mutant(
         "the frame of the report is not compared", "linux-facts 9: compaction moves pages to other frames",
         "a page that is well is destroyed, and the bad frame is used on", FAILURE,
-        "    frame = isolate(object_, page, handling.place.pfn)\n    if object_.kind",
-        "    frame = isolate(object_, page)\n    if object_.kind",
+        "    frame = isolate(object_, page, handling.place.pfn)\n", "    frame = isolate(object_, page)\n",
     ),
     Mutant(
         "clean pages of a file are lost", "Linux 6a46079cf57a (clean page cache is dropped, and nobody is killed for it)",
@@ -187,9 +187,9 @@ MUTANTS = (
     Mutant(
         "zeros before the right content", "linux-facts 5: a COPY brings page and content in together",
         "others see zeros while a page is repaired", RECOVERY,
-        "    object_.store.publish(page, content)\n    loss = object_.losses.pop(page)\n",
-        "    object_.store.publish(page, bytes(len(content)))\n    object_.store.write(page * object_.page_size, content)\n"
-        "    loss = object_.losses.pop(page)\n",
+        "        object_.store.publish(page, content)\n    except",
+        "        object_.store.publish(page, bytes(len(content)))\n"
+        "        object_.store.write(page * object_.page_size, content)\n    except",
     ),
     Mutant(
         "a repaired page is clean", "linux-facts 14: what the manager puts in is seen by no write protection",
@@ -210,7 +210,7 @@ MUTANTS = (
     Mutant(
         "the owners are not told", "linux-facts 25: who does not have the page mapped is told by nobody",
         "a loss goes unreported", RECOVERY,
-        "    return tell_owners(books, object_, page, loss)\n", "    return ()\n",
+        "        victims = tell_owners(books, object_, page, loss)\n", "        victims = ()\n",
     ),
     Mutant(
         "dirt of a request forgotten", "linux-facts 14: a write to the memfd is unseen",
@@ -228,7 +228,7 @@ MUTANTS = (
     Mutant(
         "clean before the write has ended", "Linux e8675d291ac0 (the wait for write-back was skipped)",
         "a failure during the write reads the old content again", WRITEBACK,
-        "                object_.pages.set(WRITEBACK, page)\n", "                pass\n",
+        "                object_.pages.set(WRITEBACK, page)\n", "",
     ),
     Mutant(
         "an error leaves the page clean", "Linux 5660e13d2fd6 (a failed write left the page clean, and its error was lost)",
@@ -258,10 +258,8 @@ MUTANTS = (
     Mutant(
         "a large frame is believed isolated", "linux-facts 11: a punch that returned 0 may have isolated nothing",
         "a page stays in its bad frame", FAILURE,
-        "    if frame is None:\n        return _lose_block(handling)\n"
-        "    isolated = _quarantine(handling, object_, frame)\n    await object_.watch",
-        "    if frame is None:\n        return Outcome.RECOVERED\n"
-        "    isolated = _quarantine(handling, object_, frame)\n    await object_.watch",
+        "        return _lose_block(handling)\n    isolated = _quarantine(handling, handling.object, frame)\n",
+        "        return Outcome.RECOVERED\n    isolated = _quarantine(handling, handling.object, frame)\n",
     ),
     Mutant(
         "one page of a large frame is named", "Linux 62228840660 (of a huge page the wrong one was reported)",
@@ -306,8 +304,57 @@ MUTANTS = (
     ),
     Mutant(
         "flush says it never", "Linux b4678df184b3 (an error from before was told to nobody)",
-        "a flush succeeds although changes are lost", FAILURE,
-        "        object_.error_sequence += 1\n    if frame is None:\n", "        pass\n    if frame is None:\n",
+        "a flush succeeds although changes are lost", RECOVERY,
+        "            object_.error_sequence += 1\n", "",
+    ),
+    Mutant(
+        "the next manager wakes nobody", "linux-facts 21: faults that the dead manager had read are shown to nobody again",
+        "who slept when it died sleeps for ever", TAKEOVER,
+        "            mapping.wake(mapping.first, mapping.count)\n", "            pass\n",
+    ),
+    Mutant(
+        "what was on its way is clean to the next one", "linux-facts 29: a write may have written nothing",
+        "changes are dropped that no file has", TAKEOVER,
+        "DIRTY if flags & (DIRTY | WRITEBACK) else 0", "DIRTY if flags & DIRTY else 0",
+    ),
+    Mutant(
+        "a loss is forgotten by the next manager", "linux-facts 18: a lost page is an absent one",
+        "what was lost reads as what the file has, or as zeros", TAKEOVER,
+        "        for (number, page), value in of_kind(self.records, \"loss\").items():\n",
+        "        for (number, page), value in ():\n",
+    ),
+    Mutant(
+        "markers outlive the manager", "linux-facts 20: a poison marker stays until it is replaced",
+        "a page that was repaired is refused", TAKEOVER,
+        "                await well_again(books, object_, page, loss, kind)\n", "                pass\n",
+    ),
+    Mutant(
+        "a loss is over before its markers are gone", "linux-facts 20: a poison marker stays until it is replaced",
+        "the next manager does not know of the markers", RECOVERY,
+        "    for mapping in object_.mappings.covering(page):\n        mapping.client.forget_told",
+        "    books.journal.loss_over(object_, page)\n"
+        "    for mapping in object_.mappings.covering(page):\n        mapping.client.forget_told",
+    ),
+    Mutant(
+        "not watched again by the next manager", "linux-facts 15: a punch can lose the marker",
+        "a first write is unseen", TAKEOVER,
+        "        await _watch(object_)\n", "        pass\n",
+    ),
+    Mutant(
+        "a failure ends with its manager", "Linux 6a46079cf57a (what was begun is finished, whoever is killed for it)",
+        "a page stays in between for ever", TAKEOVER,
+        "    taking.finish_failures()\n", "",
+    ),
+    Mutant(
+        "what a request has put in is clean to the next manager",
+        "linux-facts 14: what the manager puts in is seen by no write protection",
+        "what was written never gets to the file", RECOVERY,
+        "                object_.pages.set(dirty, page)\n                try:\n", "                try:\n",
+    ),
+    Mutant(
+        "a write of the dead manager is somebody else's", "linux-facts 28: only size and times of a file tell of a change",
+        "what can be read is declared lost", TAKEOVER,
+        "        if writing and identity is not None:\n", "        if False:\n",
     ),
 )  # fmt: skip
 
@@ -347,6 +394,15 @@ _KNOWN_CELLS = {
     "stale content after a loss": "writable lost: read 0, request to write half of 0",
     "the frame goes back": "read-only present: read 0, hardware 0",
     "one page of a large frame is named": "anonymous present present: report 0, collapse 1",
+    "the next manager wakes nobody": "read-only absent: read 0 and the manager dies",
+    "what was on its way is clean to the next one": "writable dirty: flush 0 and the manager dies",
+    "a loss is forgotten by the next manager": "anonymous lost: read 0 and the manager dies",
+    "markers outlive the manager": "anonymous lost: repair 0 and the manager dies",
+    "a loss is over before its markers are gone": "anonymous lost: repair 0 and the manager dies",
+    "not watched again by the next manager": "cached present: evict 0 and the manager dies",
+    "a failure ends with its manager": "read-only present: report 0 and the manager dies",
+    "what a request has put in is clean to the next manager": "writable absent: request to write 0 and the manager dies",
+    "a write of the dead manager is somebody else's": "writable dirty absent: flush 0, read 1 and the manager dies",
     "a loss shown as zeros is not counted": "anonymous absent: read guarded 0, report 0",
 }
 

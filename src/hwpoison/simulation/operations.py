@@ -83,6 +83,7 @@ async def _discard(world: World, mapping: Mapping, page: int, data: bytes) -> No
 async def _flush(world: World, mapping: Mapping, page: int, data: bytes) -> None:
     world.touched_all()
     world.expectation.flush_begins(mapping)
+    mapping.error_seen = world.errors_seen.get(mapping.number, mapping.error_seen)
     try:
         await world.manager.flush(mapping)
     except writeback.UnwrittenError:
@@ -91,6 +92,7 @@ async def _flush(world: World, mapping: Mapping, page: int, data: bytes) -> None
         world.expectation.flush_failed(mapping)
     else:
         world.expectation.flushed(mapping)
+    world.errors_seen[mapping.number] = mapping.error_seen
     world.touched_all()
 
 
@@ -117,14 +119,14 @@ async def _report(world: World, page: int) -> None:
     if not any(one is world.object for one in world.manager.objects()):
         return
     with world.expectation.reporting(page) as known:
-        known.append(await world.manager.report(Report(name=NAME, offset=page * PAGE_SIZE, source=Source.INJECTED)))
+        known.append(await world.report(Report(name=NAME, offset=page * PAGE_SIZE, source=Source.INJECTED)))
 
 
 async def _hardware(world: World, page: int) -> None:
     """A frame goes bad, and its number is reported."""
     number = world.goes_bad(page, declared=False)
     if number is not None:
-        await world.manager.report(Report(pfn=number))
+        await world.report(Report(pfn=number))
 
 
 async def _frame_report(world: World, page: int) -> None:
@@ -133,7 +135,7 @@ async def _frame_report(world: World, page: int) -> None:
     if found is not None:
         world.expectation.struck.add(page)
         world.expectation.named.add(found.number)
-        failure = await world.manager.report(Report(pfn=found.number))
+        failure = await world.report(Report(pfn=found.number))
         if not found.held:
             world.expectation.frame_handled(found.number, failure)
 

@@ -281,6 +281,8 @@ class SimulatedSpace:
 class SimulatedHits:
     """See `core.machine.Hits`."""
 
+    index = 0
+
     def __init__(self) -> None:
         self.guards = 0
         self.count = 0

@@ -25,7 +25,8 @@ class Scenario:
     Each of `operations` is done once; those that are a process's by a process of its own. The worker is a process that is
     always there: it writes to the first page of `worker` and then reads the last (with a read-only object: reads both).
     `clients` are further processes, each with a list of operations that it does one after the other. `budget`: how often
-    what may go wrong. `death`: the manager may die, once. `markers`: the kernel has poison markers, as from 6.6 on.
+    what may go wrong. `death`: the manager may die, and so may all but the last of its `successors`. `markers`: the kernel
+    has poison markers, as from 6.6 on.
 
     With `settles_after` this is a large world: what befalls it comes in the order of `operations`, and after so many steps,
     or when all has come, nothing goes wrong any more and everything must settle (`liveness`).
@@ -38,6 +39,8 @@ class Scenario:
     budget: tuple[tuple[str, int], ...] = ()
     clients: tuple[tuple[Operation, ...], ...] = ()
     death: bool = False
+    successors: int = 0
+    """Managers that take over, one after the other."""
     settles_after: int | None = None
     markers: bool = True
     limit: int = 0
@@ -48,6 +51,8 @@ class Scenario:
     def __str__(self) -> str:
         happens = ", ".join(f"{name} {page}" for name, page in self.operations)
         dies = " and the manager dies" if self.death else ""
+        if self.successors:
+            dies += f", with {self.successors} to take over"
         clients = "; ".join(", ".join(f"{name} {page}" for name, page in script) for script in self.clients)
         beside = f"; beside clients that {clients}" if clients else ""
         kernel = "" if self.markers else " without poison markers"

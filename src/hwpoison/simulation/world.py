@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
 
+from hwpoison.core.journal import AskedBy
+from hwpoison.core.machine import Key
 from hwpoison.core.manager import MemoryManager
 from hwpoison.core.mappings import Client
 from hwpoison.core.objects import Backing, Loss, MemoryObject
 from hwpoison.core.pages import DIRTY, LOST, POISONED
 from hwpoison.core.records import Event as LogEvent
 from hwpoison.core.records import Failure, Notice, Outcome, Report, State
+from hwpoison.core.takeover import take_over
 from hwpoison.simulation.agents import Agent
 from hwpoison.simulation.choices import ALL, MANAGER, Choices, Control, Event, Happening
 from hwpoison.simulation.files import Disk, SimulatedFile
 from hwpoison.simulation.invariants import Expectation
 from hwpoison.simulation.liveness import Liveness
 from hwpoison.simulation.loop import Mode, SimulationLoop
-from hwpoison.simulation.machine import SimulatedMachine
+from hwpoison.simulation.machine import SimulatedInheritance, SimulatedMachine
 from hwpoison.simulation.memory import PAGE, SimulatedStore
 from hwpoison.simulation.operations import CHANGES, DYING, NAME, NO_LIMIT, PAGE_SIZE, SCRIPTS, STORIES, token
 from hwpoison.simulation.processes import Process
@@ -27,10 +31,30 @@ from hwpoison.simulation.scenario import Operation, Scenario, Step
 UNIT_PAGES = 4
 """Pages of a large frame, or all pages of an object that has fewer."""
 DEATH = "the manager dies"
+SUCCESSION = "another manager takes over"
 
 
 class ManagerDiedError(Control):
     """The manager is dead: nothing of it runs on."""
+
+
+class Manager(MemoryManager):
+    """A manager in a world, which learns at once what it inherits."""
+
+    def __init__(self, world: World, life: int) -> None:
+        limit = (world.scenario.limit or NO_LIMIT) * PAGE_SIZE
+        super().__init__(world.machine, world, instance="sim", life=life, memory_limit=limit)
+        self.reclaim.files_least = 0
+        self._world = world
+
+    def inherit(self, one: MemoryObject | Client) -> None:
+        super().inherit(one)
+        if isinstance(one, MemoryObject):
+            self._world.object = one
+            return
+        for agent in self._world.agents:
+            if agent.client.number == one.number:
+                agent.client = one
 
 
 class World:
@@ -48,10 +72,7 @@ class World:
         self.choices = choices
         self.footprint = choices.footprint
         self.loop = SimulationLoop(choices, self.outside, mode)  # type: ignore[abstract]
-        self.manager = MemoryManager(
-            self.machine, self, instance="sim", memory_limit=(scenario.limit or NO_LIMIT) * PAGE_SIZE
-        )
-        self.manager.reclaim.files_least = 0
+        self.manager = Manager(self, 1)
         self.events: list[LogEvent] = []
         self.defects: list[str] = []
         self.failures: list[Failure] = []
@@ -70,10 +91,26 @@ class World:
         """Pages that the kernel has declared bad, and of which the manager has not heard."""
         self.may_die = scenario.death
         self.dead = False
+        self.successors = scenario.successors
+        """Managers that can still take over."""
+        self.taking_over = False
+        """A manager is alive, and serves nobody yet."""
+        self.unanswered: dict[AskedBy, Report] = {}
+        """Reports that somebody waits for."""
+        self.errors_seen: dict[int, int] = {}
+        """What the library knows of a handle's errors, by its mapping's number (`protocol.Flush`)."""
+        self._left: tuple[dict[Key, Any], list[bytes]] = ({}, [])
+        """What the last manager had written down when it died, and the flags of each store."""
+        self._reports = 0
+        self._to_begin: list[tuple[str, Callable[[World, int], Coroutine[Any, Any, None]], int]] = []
+        self._asked: dict[str, tuple[str, Callable[[World, int], Coroutine[Any, Any, None]], int]] = {}
         self.over = False
         """Nothing more will be looked at: coroutines that are taken down now find a machine that does nothing."""
         self._death = Happening(DEATH, self.manager_dies)
+        self._succession = Happening(SUCCESSION, self._succeed)
         self._populate()
+        if scenario.successors:
+            self.machine.between = self._between
 
     # --- what it begins with
 
@@ -103,7 +140,7 @@ class World:
                 if name in DYING:
                     self.will_come(f"{agent.name} dies", agent.process.die)
             elif name in STORIES:
-                self.will_come(label, partial(self._begin, label, STORIES[name], page))
+                self.will_come(label, partial(self.ask, label, STORIES[name], page))
             else:
                 self.will_come(label, partial(CHANGES[name], self, page))
         for number, operations in enumerate(scenario.clients):
@@ -151,10 +188,12 @@ class World:
             what = State.DIRTY_FILE if object_.tracks_dirt else State.CLEAN_FILE if object_.backing else State.ANONYMOUS
             object_.pages.set(LOST, page)
             object_.pages.set(POISONED, page)
-            object_.losses[page] = Loss("sim-before", what, Outcome.RECOVERED, "")
+            loss = object_.losses[page] = Loss("sim-before", what, Outcome.RECOVERED, "")
+            self.manager.journal.loss(object_, page, loss, untold=what is State.DIRTY_FILE)
             # What is gone was neither zeros nor what the file has: who sees those is not shown what was last written.
             self.expectation.begins(page, token(40 + page) if what is not State.CLEAN_FILE else None)
             self.expectation.lost_before(page)
+            self.manager.journal.errors(object_)
             return
         content = self.expectation.begins(page, token(40 + page) if state == "dirty" or self.disk is None else None)
         self.store.pages[page] = self.machine.new_page(content)
@@ -181,12 +220,14 @@ class World:
         """All that can come from outside now, in a fixed order."""
         found: list[Event] = []
         for agent in self.agents:
-            agent.add_events(found, manager=not self.dead)
+            agent.add_events(found, manager=not self.dead and not self.taking_over)
         for waiting in self.machine.waiting:
             found += waiting.endings
         found += self.to_come
         if self.may_die:
             found.append(self._death)
+        if self.dead and self.successors:
+            found.append(self._succession)
         return found
 
     def will_come(self, name: str, what: Callable[[], None]) -> None:
@@ -210,8 +251,13 @@ class World:
         self.later = []
         self.may_die = False
 
-    def _begin(self, name: str, story: Callable[[World, int], Coroutine[Any, Any, None]], page: int) -> None:
-        if not self.dead:
+    def ask(self, name: str, story: Callable[[World, int], Coroutine[Any, Any, None]], page: int) -> None:
+        """Somebody wants something of the manager."""
+        if self.dead or self.taking_over:
+            # Whoever wants something of the manager asks the next one, if there is one.
+            self._to_begin.append((name, story, page))
+        else:
+            self._asked[name] = (name, story, page)
             self.start(name, story(self, page))
 
     def start(self, name: str, story: Coroutine[Any, Any, None]) -> Any:
@@ -220,7 +266,21 @@ class World:
 
     async def reported(self, report: Report) -> None:
         """A report, handled."""
-        await self.manager.report(report)
+        await self.report(report)
+
+    async def report(self, report: Report, asked_by: AskedBy | None = None) -> Failure:
+        """What becomes of a report: as the service has it. If the manager dies meanwhile, the next one is asked again."""
+        if asked_by is None:
+            self._reports += 1
+            asked_by = (0, self._reports)
+        self.unanswered[asked_by] = report
+        failure = await self.manager.report(report, asked_by)
+        self.manager.answered(asked_by)
+        if failure not in self.failures:
+            # The manager has died between writing it down and saying it.
+            self.failures.append(failure)
+        del self.unanswered[asked_by]
+        return failure
 
     def goes_bad(self, page: int, *, declared: bool) -> int | None:
         """The page's frame goes bad; its number. `declared`: the kernel says so by itself."""
@@ -276,11 +336,86 @@ class World:
         left of it, and runs while its coroutines are taken down, does nothing: every system call raises."""
         self.touched_all()
         self.dead = True
+        self.taking_over = False
         self.may_die = False
+        # What runs while it is taken down has not run.
+        self._left = self.machine.records.all(), [bytes(one.flags[: len(one.pages)]) for one in self.machine.stores]
         self.loop.ready.clear()
         self.loop.timers.clear()
         for waiting in self.machine.waiting:
             waiting.future = self.loop.create_future()
+
+    def _between(self) -> None:
+        """Between what is written down and what is done, the manager may be killed too."""
+        if self.over:
+            return
+        if self.dead:
+            raise ManagerDiedError
+        if self.may_die and self.choices.pick(("the manager goes on", DEATH), inside=True):
+            self.manager_dies()
+            raise ManagerDiedError
+
+    def _succeed(self) -> None:
+        """Another manager takes over. Of what the last one had asked the system for, nothing is under way any more: it has
+        happened by now, or never will."""
+        self.touched_all()
+        self._take_down()
+        self.machine.waiting.clear()
+        self.machine.freed = _nothing
+        self.successors -= 1
+        self.dead, self.taking_over = False, True
+        self.may_die = self.scenario.death and self.successors > 0
+        self.manager = Manager(self, self.manager.life + 1)
+        hits = {agent.client.number: agent.guard.hits for agent in self.agents if agent.guard is not None}
+        self.start("takeover", self._take_over(SimulatedInheritance(self.machine, hits)))
+
+    def _take_down(self) -> None:
+        """The last manager's stories end where they are, as if they had never run on."""
+        self.over = True
+        for task in self.loop.tasks:
+            if not task.done():
+                task._log_destroy_pending = False  # type: ignore[attr-defined]
+                story = task.get_coro()
+                assert isinstance(story, Coroutine)
+                if inspect.getcoroutinestate(story) == inspect.CORO_CREATED and task.get_name() in self._asked:
+                    # The request was not read yet.
+                    self._to_begin.append(self._asked[task.get_name()])
+                story.close()
+        self.over = False
+        self.loop.tasks.clear()
+        self.loop.ready.clear()
+        self.loop.timers.clear()
+        records, flags = self._left
+        self.machine.records.restore(records)
+        for store, left in zip(self.machine.stores, flags, strict=True):
+            store.flags[: len(left)] = left
+
+    async def _take_over(self, inheritance: SimulatedInheritance) -> None:
+        before = self.object
+        await take_over(self.manager, inheritance)
+        if self.object is before:
+            # It had ended.
+            before.closed = True
+            if not self.store.closed:
+                self.store.close()
+        mappings = {one.number: one for client in self.manager.clients() for one in (*client.mappings, *client.vacated)}
+        for agent in self.agents:
+            agent.taken_over(mappings)
+        self.expectation.taken_over(mappings)
+        self.taking_over = False
+        for asked_by, report in list(self.unanswered.items()):
+            # Who had asked the last one.
+            self.start(f"report {asked_by[1]} again", self._again(report, asked_by))
+        to_begin, self._to_begin = self._to_begin, []
+        for name, story, page in to_begin:
+            self.ask(name, story, page)
+
+    async def _again(self, report: Report, asked_by: AskedBy) -> None:
+        try:
+            await self.report(report, asked_by)
+        except FileNotFoundError:
+            # The object has ended.
+            del self.unanswered[asked_by]
 
     # --- what a step has to do with: two that have nothing in common can change places (see `explore`)
 
@@ -310,3 +445,7 @@ class World:
 
     def defect(self, what: str, error: BaseException) -> None:
         self.defects.append(f"{what}: {error!r}")
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,170 @@
+"""`hwpoison.core.machine.Records` on Linux: a memfd that the keeper holds too.
+
+A record is a length, a checksum and a list of keys, each with a new value or none (msgpack). What was cut off by a death
+while it was written ends the file. When most of it is old, what counts is written to another memfd, which takes its place.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+
+from hwpoison.core.machine import Key
+from hwpoison.linux.kept import Alone, Keeping
+
+FORMAT = 1
+"""Of what is written, by whatever part of the manager: a manager takes over only from those that write this one."""
+LABEL = "journal"
+RESERVE_BYTES = 1 << 18
+"""So much room is there in advance, for what can't be refused."""
+OLD_BYTES_MIN = 1 << 16
+"""Less than this is not worth being written anew."""
+_head = struct.Struct("<8sQ")
+_MAGIC = b"hwpoison"
+_frame = struct.Struct("<II")
+
+log = logging.getLogger("hwpoison")
+
+
+class JournalError(OSError):
+    """It is none that this version can read."""
+
+
+class LinuxRecords:
+    """Writes to a new memfd, after what is found in `inherited`, one that a manager before this one has written."""
+
+    def __init__(self, keeping: Keeping | None = None, inherited: int = -1) -> None:
+        self._keeping = keeping or Alone()
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._values: dict[Key, Any] = read(inherited) if inherited >= 0 else {}
+        self._together: list[Any] | None = None
+        self._broken = False
+        self._fd = -1
+        self._end = self._room = 0
+        self._live = 0
+        self._write_anew()
+        if inherited >= 0:
+            os.close(inherited)
+
+    def put(self, key: Key, value: Any) -> None:
+        self._values[key] = value
+        self._say([key, value])
+
+    def drop(self, key: Key) -> None:
+        if self._values.pop(key, self) is not self:
+            self._say([key])
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        if self._together is not None:
+            yield
+            return
+        self._together = []
+        try:
+            yield
+        finally:
+            said, self._together = self._together, None
+            if said:
+                self._append(said)
+
+    def all(self) -> dict[Key, Any]:
+        return dict(self._values)
+
+    def require(self) -> None:
+        if self._room - self._end >= RESERVE_BYTES // 2 and not self._broken:
+            return
+        try:
+            self._reserve()
+        except OSError as error:
+            raise MemoryError(f"the manager's journal can't grow: {error.strerror}") from error
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    # --- the file
+
+    def _say(self, said: list[Any]) -> None:
+        if self._together is not None:
+            self._together.append(said)
+        else:
+            self._append([said])
+
+    def _append(self, said: list[Any]) -> None:
+        content = self._encode(said)
+        try:
+            self._write(_frame.pack(len(content), zlib.crc32(content)) + content)
+            if self._end > 2 * self._live + OLD_BYTES_MIN:
+                self._write_anew()
+        except OSError as error:
+            self._break(error)
+
+    def _write(self, data: bytes) -> None:
+        if self._end + len(data) > self._room:
+            self._reserve(len(data))
+        os.pwrite(self._fd, data, self._end)
+        self._end += len(data)
+
+    def _reserve(self, nbytes: int = 0) -> None:
+        wanted = self._end + nbytes + RESERVE_BYTES
+        os.posix_fallocate(self._fd, 0, wanted)
+        self._room = wanted
+
+    def _write_anew(self) -> None:
+        """Only what counts, in a memfd that is there as a whole before it is given to the keeper."""
+        old, before = self._fd, (self._end, self._room)
+        self._fd = os.memfd_create("hwpoison-journal", os.MFD_CLOEXEC)
+        self._end = self._room = 0
+        try:
+            content = self._encode([[key, value] for key, value in self._values.items()])
+            self._write(_head.pack(_MAGIC, FORMAT) + _frame.pack(len(content), zlib.crc32(content)) + content)
+        except OSError:
+            os.close(self._fd)
+            self._fd, (self._end, self._room) = old, before
+            raise
+        self._live = self._end
+        self._keeping.keep((LABEL, self._fd))
+        if old >= 0:
+            os.close(old)
+
+    def _break(self, error: OSError) -> None:
+        """It is not whole any more: a successor must not believe it."""
+        if not self._broken:
+            self._broken = True
+            self._keeping.drop(LABEL)
+            log.error("the manager's journal can't be written (%s): if the manager dies, its clients end", error.strerror)
+
+
+def read(fd: int) -> dict[Key, Any]:
+    """The last value of each key. Raises `JournalError` for what is no journal of this format."""
+    size = os.fstat(fd).st_size
+    data = os.pread(fd, size, 0)
+    if len(data) < _head.size or _head.unpack_from(data)[0] != _MAGIC:
+        raise JournalError(errno.EINVAL, "what the manager before this one has left is no journal")
+    found = _head.unpack_from(data)[1]
+    if found != FORMAT:
+        raise JournalError(
+            errno.EPROTO, f"the manager before this one wrote a journal of format {found}; this knows {FORMAT}"
+        )
+    values: dict[Key, Any] = {}
+    at = _head.size
+    while at + _frame.size <= len(data):
+        length, checksum = _frame.unpack_from(data, at)
+        content = data[at + _frame.size : at + _frame.size + length]
+        # Zeros were never written, and what does not fit its checksum not as a whole.
+        if not length or len(content) < length or zlib.crc32(content) != checksum:
+            break
+        for key, *value in msgspec.msgpack.decode(content):
+            if value:
+                values[tuple(key)] = value[0]
+            else:
+                values.pop(tuple(key), None)
+        at += _frame.size + length
+    return values

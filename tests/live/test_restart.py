@@ -1,0 +1,361 @@
+"""The manager dies, at any instant, and it costs nothing: another one takes over, and programs only wait for it."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import hwpoison
+from hwpoison import Outcome, State, events
+from hwpoison.linux.syscalls import PAGE_SIZE
+from tests.live.conftest import known
+from tests.live.process import Child, asleep_in_a_fault, keeper_of, kill_service, manager_of
+from tests.live.slow_files import SlowFile
+from tests.support import SECONDS_MAX, wait_until
+
+pytestmark = pytest.mark.live
+
+PAGE = PAGE_SIZE
+MakeFile = Callable[..., Path]
+
+
+def page(letter: str) -> bytes:
+    return letter.encode() * PAGE
+
+
+def kill(one: int | hwpoison.Manager) -> None:
+    """SIGKILL, of a process or of whatever manager it is now, and it is dead when this returns."""
+    pid = one if isinstance(one, int) else one.statistics().pid
+    process = os.pidfd_open(pid)
+    signal.pidfd_send_signal(process, signal.SIGKILL)
+    assert select.select([process], [], [], SECONDS_MAX)[0]
+    os.close(process)
+
+
+def stop(pid: int) -> None:
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T", "it is stopped")
+
+
+# --- what there was is there again -----------------------------------------------------------------------------------
+
+
+def test_everything_is_as_it_was_and_nobody_reads_a_zero_that_was_not_there(
+    manager: hwpoison.Manager, file: MakeFile
+) -> None:
+    path = file(8 * PAGE)
+    table, book = manager.allocate(8 * PAGE, name="table"), manager.open(path, "r+")
+    table.write(0, page("t") * 4)
+    book.write(PAGE, page("b"))
+    book.buffer[3 * PAGE : 4 * PAGE] = page("c")
+    told: list[hwpoison.Notice] = []
+    table.on_failure(told.append)
+    lost = manager.inject(table, 2 * PAGE)
+    first = manager.pid
+    kill(first)
+
+    assert table.read(0, PAGE) == page("t")
+    assert bytes(table.buffer[5 * PAGE : 6 * PAGE]) == bytes(PAGE)
+    assert book.read(0, 4 * PAGE) == known(8 * PAGE)[:PAGE] + page("b") + known(8 * PAGE)[2 * PAGE : 3 * PAGE] + page("c")
+    assert [(one.offset, one.nbytes) for one in table.lost()] == [(2 * PAGE, PAGE)]
+    with pytest.raises(hwpoison.PoisonError), hwpoison.guard(table) as safe:
+        bytes(safe.buffer)
+    again = manager.inject(table, 3 * PAGE)
+    assert again.outcome is Outcome.RECOVERED
+    assert again.event_id != lost.event_id
+    wait_until(lambda: len(told) == 2, "the next loss is told")
+    assert [one.event_id for one in told] == [lost.event_id, again.event_id]
+    said = manager.statistics()
+    assert (said.restarts, said.states[State.ANONYMOUS], said.pid) == (1, 2, manager.pid)
+    assert manager.pid != first
+    book.flush()
+    assert path.read_bytes()[PAGE : 2 * PAGE] == page("b")
+    assert table.repair(2 * PAGE, page("r")) == PAGE
+    assert bytes(table.buffer[2 * PAGE : 3 * PAGE]) == page("r")
+
+
+def test_a_first_write_after_it_is_seen_and_a_loss_of_changes_is_told_by_flush(
+    manager: hwpoison.Manager, file: MakeFile
+) -> None:
+    path = file(4 * PAGE)
+    book = manager.open(path, "r+")
+    assert len(book.read(0, 4 * PAGE)) == 4 * PAGE
+    book.buffer[0] = 1
+    kill(manager)
+    book.buffer[PAGE] = 2
+    kill(manager)
+    book.flush()
+    assert (path.read_bytes()[0], path.read_bytes()[PAGE]) == (1, 2)
+    book.buffer[0] = 3
+    kill(manager)
+    assert manager.inject(book, 0).state is State.DIRTY_FILE
+    kill(manager)
+    with pytest.raises(OSError, match="were lost"):
+        book.flush()
+    kill(manager)
+    book.flush()
+    assert book.discard() == PAGE
+    assert book.read(0, 1) == b"\1"
+
+
+def test_what_a_killed_manager_had_isolated_is_never_used_again(root: None, manager: hwpoison.Manager) -> None:
+    table = manager.allocate(4 * PAGE, name="table")
+    table.write(0, page("t"))
+    manager.report(table, 0)
+    for _ in range(3):
+        kill(manager)
+        assert manager.statistics().quarantined == PAGE
+    manager.report(table, PAGE)  # absent: nothing to isolate
+    table.write(PAGE, page("u"))
+    manager.report(table, PAGE)
+    kill(manager)
+    assert manager.statistics().quarantined == 2 * PAGE
+
+
+# --- who sleeps ------------------------------------------------------------------------------------------------------
+
+READ = """
+manager = hwpoison.connect(arguments[0])
+memory = manager.attach(arguments[1])
+say()
+hear()
+say(memory.buffer[arguments[2]])
+hear()
+"""
+
+
+def test_who_sleeps_in_a_fault_that_nobody_has_read_is_served_by_the_next_one(
+    manager: hwpoison.Manager, file: MakeFile
+) -> None:
+    book = manager.open(file(4 * PAGE), name="book")
+    # The only thread of that process sleeps with the one lock of its interpreter.
+    with Child(READ, manager.socket, "book", 2 * PAGE) as reader:
+        reader.hear()
+        dead = manager.pid
+        stop(dead)
+        reader.tell()
+        wait_until(lambda: asleep_in_a_fault(reader.pid), "it sleeps in a fault")
+        kill(dead)
+        assert reader.hear() == known(4 * PAGE)[2 * PAGE]
+        assert book.read(2 * PAGE, 1)[0] == known(4 * PAGE)[2 * PAGE]
+
+
+def test_who_sleeps_in_a_fault_that_the_dead_manager_had_read_is_served_too(
+    manager: hwpoison.Manager, slow_file: Callable[[bytes], SlowFile]
+) -> None:
+    slow = slow_file(page("s") * 4)
+    book = manager.open(slow.path, name="book")
+    with Child(READ, manager.socket, "book", PAGE) as reader:
+        reader.hear()
+        slow.hold("read")
+        reader.tell()
+        wait_until(lambda: slow.waiting, "the manager reads the file for it")
+        assert asleep_in_a_fault(reader.pid)
+        # It is dead when the file system lets go of its thread.
+        os.kill(manager.pid, signal.SIGKILL)
+        slow.hold()
+        assert reader.hear() == ord("s")
+        assert book.read(PAGE, 1) == b"s"
+
+
+def test_who_waits_for_an_answer_gets_it_from_the_next_one_and_a_report_is_handled_once(
+    manager: hwpoison.Manager, tmp_path: Path
+) -> None:
+    table = manager.allocate(4 * PAGE, name="table")
+    table.write(0, page("t"))
+    dead = manager.pid
+    stop(dead)
+    answers: list[object] = []
+    asking = [
+        threading.Thread(target=lambda: answers.append(manager.inject(table, 0).state)),
+        threading.Thread(target=lambda: answers.append(manager.allocate(PAGE, name="another").name)),
+        threading.Thread(target=lambda: answers.append(table.read(PAGE, 1))),
+    ]
+    for one in asking:
+        one.start()
+    kill(dead)
+    for one in asking:
+        one.join(SECONDS_MAX)
+    assert sorted(answers, key=str) == ["another", State.ANONYMOUS, b"\0"] or set(map(str, answers)) == {
+        "another",
+        "anonymous page",
+        "b'\\x00'",
+    }
+    assert manager.statistics().states == {State.ANONYMOUS: 1}
+    assert sum(event.kind == "outcome" for event in manager.events()) == 1
+
+
+# --- where it ends ---------------------------------------------------------------------------------------------------
+
+MAP = """
+manager = hwpoison.connect(arguments[0])
+memory = manager.attach(arguments[1])
+say()
+hear()
+memory.buffer[arguments[2]]
+"""
+
+
+def test_if_manager_and_keeper_are_gone_those_who_map_memory_end_by_sigbus_and_nobody_hangs(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with serving(path) as server:
+        shared = hwpoison.connect(path)
+        # Pages that nobody has touched are there for the second one to sleep at.
+        code = "manager = hwpoison.connect(arguments[0])\nmemory = manager.allocate(1 << 20, name='table')\nsay()\nhear()\n"
+        with Child(code, str(path)) as owner:
+            owner.hear()
+            reader = Child(MAP, str(path), "table", 9 * PAGE)
+            reader.hear()
+            manager_pid = manager_of(server.pid)
+            stop(manager_pid)
+            reader.tell()
+            wait_until(lambda: asleep_in_a_fault(reader.pid), "it sleeps in a fault")
+            kill_service(server.pid)
+            with reader:
+                assert reader.wait() == -signal.SIGBUS
+            assert owner.wait() == -signal.SIGBUS
+        # Who maps nothing is told when it asks.
+        with pytest.raises(ConnectionError):
+            shared.statistics()
+        shared.close()
+
+
+def test_a_manager_that_can_not_be_followed_is_given_up_in_a_named_time_with_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with (
+        serving(path) as server,
+        Child(
+            "manager = hwpoison.connect(arguments[0])\nmemory = manager.allocate(1 << 20)\nsay()\nhear()\n", str(path)
+        ) as client,
+    ):
+        client.hear()
+        # No process may be started by this user any more, as far as the keeper is concerned: each dies at once.
+        dead = manager_of(server.pid)
+        subprocess.run(["prlimit", f"--pid={server.pid}", "--as=1"], check=True)
+        kill(dead)
+        assert client.wait() == -signal.SIGBUS
+        assert server.wait(SECONDS_MAX) == 1
+        assert server.stderr is not None
+        said = server.stderr.read().decode()
+        assert "no other one could be started within 10 s: processes that map its memory are ended by SIGBUS" in said
+
+
+def test_a_keeper_that_dies_is_replaced_and_the_next_one_keeps_everything(root: None, manager: hwpoison.Manager) -> None:
+    table = manager.allocate(4 * PAGE, name="table")
+    table.write(0, page("t"))
+    manager.report(table, 0)
+    served = manager.pid
+    kill(keeper_of(served))
+    wait_until(lambda: any("--adopt" in one for one in commands()), "another keeper is there")
+    assert table.read(PAGE, 1) == b"\0"
+    assert manager.pid == served
+    assert manager.statistics().pid == served
+    kill(served)
+    assert manager.statistics().quarantined == PAGE
+    assert [(one.offset, one.nbytes) for one in table.lost()] == [(0, PAGE)]
+    assert manager.pid != served
+
+
+def commands() -> list[str]:
+    """The command lines of all processes."""
+    found = []
+    for one in Path("/proc").iterdir():
+        if one.name.isdecimal():
+            try:
+                found.append((one / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+            except OSError:
+                continue
+    return found
+
+
+def test_clients_that_die_with_the_manager_leave_nothing(manager: hwpoison.Manager) -> None:
+    code = "manager = hwpoison.connect(arguments[0])\nmemory = manager.allocate(1 << 20, name='gone')\nsay()\nhear()\n"
+    with Child(code, manager.socket) as client:
+        client.hear()
+        dead = manager.pid
+        stop(dead)
+        client.signal(signal.SIGKILL)
+        client.wait()
+        kill(dead)
+        wait_until(lambda: not manager.objects(), "its object is gone")
+    assert manager.statistics().clients == 1
+
+
+def test_a_private_manager_that_is_killed_when_nobody_is_left_is_not_followed_for_long() -> None:
+    with Child("manager = hwpoison.Manager()\nsay(manager.pid)\nhear()\n") as client:
+        pid = client.hear()
+        keeper = os.pidfd_open(keeper_of(pid))
+        stop(pid)
+        client.signal(signal.SIGKILL)
+        kill(pid)
+        assert select.select([keeper], [], [], SECONDS_MAX)[0], "the keeper stays"
+        os.close(keeper)
+
+
+# --- planned ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_planned_restart_keeps_the_process_that_was_started_and_everything_else(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with serving(path) as server:
+        manager = hwpoison.connect(path)
+        table = manager.allocate(4 * PAGE, name="table")
+        table.write(0, page("t"))
+        before = manager.pid
+        done = subprocess.run(
+            [sys.executable, "-m", "hwpoison", "restart", "--socket", str(path)], capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert str(manager_of(server.pid)) in done.stdout
+        assert table.read(0, 2 * PAGE) == page("t") + bytes(PAGE)
+        assert manager.statistics().restarts == 1
+        assert manager.pid != before
+        assert server.poll() is None
+        table.close()
+        manager.close()
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(SECONDS_MAX) == 0
+    assert not path.exists()
+
+
+class serving:  # noqa: N801  (used as a function)
+    """`hwpoison serve`, serving."""
+
+    def __init__(self, path: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "hwpoison", "serve", "--socket", str(path)], stderr=subprocess.PIPE
+        )
+        assert self._process.stderr is not None
+        assert b"serves at" in self._process.stderr.readline()
+
+    def __enter__(self) -> subprocess.Popen[bytes]:
+        return self._process
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            kill_service(self._process.pid)
+        self._process.wait(SECONDS_MAX)
+        assert self._process.stderr is not None
+        self._process.stderr.close()
+
+
+def test_events_are_logged_once_also_those_that_were_not_written_yet(manager: hwpoison.Manager) -> None:
+    table = manager.allocate(64 * PAGE, name="table")
+    for number in range(64):
+        table.write(number * PAGE, page("t"))
+    found = []
+    for number in range(64):
+        found.append(manager.inject(table, number * PAGE).event_id)
+        if number % 8 == 7:
+            kill(manager)
+    logged = [event.event_id for event in manager.events() if event.kind == "outcome"]
+    assert logged == found
+    assert events.default_path().exists()
