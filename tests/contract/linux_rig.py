@@ -20,6 +20,7 @@ from hwpoison.core.machine import Hits, Store
 from hwpoison.errors import UnsupportedError
 from hwpoison.linux import frames, syscalls
 from hwpoison.linux.files import LinuxFile
+from hwpoison.linux.inheritance import LinuxInheritance
 from hwpoison.linux.machine import LinuxMachine
 from hwpoison.linux.space import Board, LinuxSpace
 from hwpoison.linux.store import LinuxStore
@@ -172,12 +173,36 @@ class LinuxFileRig:
         need(not cached, "a file system whose cache can be dropped")
 
 
+class Holder:
+    """What a keeper does, in this process. See `hwpoison.linux.kept.Keeping`."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, int] = {}
+
+    def keep(self, *things: tuple[str, int]) -> None:
+        for label, fd in things:
+            self.drop(label)
+            self._held[label] = os.dup(fd)
+
+    def drop(self, *labels: str) -> None:
+        for label in labels:
+            if label in self._held:
+                os.close(self._held.pop(label))
+
+    def copies(self) -> dict[str, int]:
+        return {label: os.dup(fd) for label, fd in self._held.items()}
+
+    def close(self) -> None:
+        self.drop(*list(self._held))
+
+
 class LinuxRig:
     """See `Rig`."""
 
     def __init__(self, folder: Path) -> None:
         try:
-            self.machine = LinuxMachine()
+            self._kept = Holder()
+            self.machine = LinuxMachine(self._kept)
         except UnsupportedError as error:
             need(None, f"a userfaultfd ({error})")
             raise
@@ -185,6 +210,7 @@ class LinuxRig:
         self._folder = folder
         self._clients: list[LinuxClient] = []
         self._files: list[LinuxFileRig] = []
+        self._successors: list[LinuxMachine] = []
 
     def run(self, story: Coroutine[Any, Any, None]) -> None:
         async def whole_story() -> None:
@@ -235,6 +261,11 @@ class LinuxRig:
         self._own = own
         return number
 
+    def successor(self) -> tuple[LinuxMachine, LinuxInheritance]:
+        machine = LinuxMachine(Holder(), inherited=self._kept.copies())
+        self._successors.append(machine)
+        return machine, LinuxInheritance(machine)
+
     def offlines_nothing(self) -> None:
         if os.path.exists(frames.HARD_OFFLINE):
             pytest.skip("this kernel would take a frame away for good")
@@ -242,4 +273,6 @@ class LinuxRig:
     def close(self) -> None:
         for one in self._files:
             asyncio.run(one.file.close())
-        self.machine.close()
+        for machine in (self.machine, *self._successors):
+            machine.close()
+        self._kept.close()

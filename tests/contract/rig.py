@@ -9,7 +9,7 @@ import signal
 from collections.abc import Coroutine
 from typing import Any, NamedTuple, Protocol
 
-from hwpoison.core.machine import File, Hits, Machine, Space, Store
+from hwpoison.core.machine import File, Hits, Inheritance, Machine, Space, Store
 
 
 class Fault(NamedTuple):
@@ -135,6 +135,9 @@ class Rig(Protocol):
 
     def own_number(self) -> int:
         """The number of a frame of the machine's own process. Skips the test where that is not to be known."""
+
+    def successor(self) -> tuple[Machine, Inheritance]:
+        """The machine of another manager, and what this one has left it, as if it had been killed now."""
 
     def offlines_nothing(self) -> None:
         """Skip the test where the machine's `offline` would take a frame away for good."""

@@ -13,7 +13,7 @@ from typing import Any, cast
 from hwpoison.core.machine import Hits, Store, Telling
 from hwpoison.simulation.files import Disk, SimulatedFile
 from hwpoison.simulation.loop import SimulationLoop
-from hwpoison.simulation.machine import OWN_FRAME, OWN_PID, SimulatedMachine
+from hwpoison.simulation.machine import OWN_FRAME, OWN_PID, SimulatedInheritance, SimulatedMachine
 from hwpoison.simulation.memory import SimulatedStore
 from hwpoison.simulation.processes import THREAD, Area, Process, Sigbus, SimulatedHits, SimulatedSpace
 from tests.contract.rig import ClientDiedError, Fault
@@ -207,6 +207,9 @@ class SimulationRig:
 
     def own_number(self) -> int:
         return OWN_FRAME
+
+    def successor(self) -> tuple[SimulatedMachine, SimulatedInheritance]:
+        return self.machine, SimulatedInheritance(self.machine, {})
 
     def offlines_nothing(self) -> None:
         """Here it takes none."""

@@ -165,7 +165,9 @@ class Stress:
         page = chance.randrange(kind.pages)
         if chance.random() < 0.7:
             number, page = self.table.latest[chance.randrange(len(ROLES))].tolist()
+            # Whoever notes it may be killed between the two.
             kind = KINDS[number]
+            page = min(page, kind.pages - 1)
         place = NAMES[kind], page * PAGE + chance.randrange(kind.last)
         if chance.random() < 0.5:
             return self.manager.inject(*place, action_required=chance.random() < 0.3)

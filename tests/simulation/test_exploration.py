@@ -181,13 +181,13 @@ def test_a_run_is_told_again_as_it_was(tmp_path: Path) -> None:
 
 def test_a_run_that_meets_another_choice_diverges() -> None:
     saved = named(cell("writable", "dirty", "report", "flush"), "quiet", (1, 0, 1))
-    other = SavedRun(saved.scenario, saved.mode, saved.choices, ("something else", *saved.names[1:]), "")
+    other = SavedRun(saved.scenario, saved.mode, saved.choices, ("something else", *saved.names[1:]), "", saved.widths)
     with pytest.raises(DivergedError, match="diverged at choice 0"):
         list(Replay(other).story())
     wider = replace(saved, widths=(saved.widths[0] + 1, *saved.widths[1:]))
     with pytest.raises(DivergedError, match="diverged at choice 0"):
         list(Replay(wider).story())
-    wide = SavedRun(saved.scenario, saved.mode, (99, *saved.choices[1:]), saved.names, "")
+    wide = SavedRun(saved.scenario, saved.mode, (99, *saved.choices[1:]), saved.names, "", saved.widths)
     with pytest.raises(DivergedError, match="diverged at choice 0"):
         list(Replay(wide).story())
 
@@ -203,6 +203,7 @@ def test_what_is_no_run_is_said_so(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("where", "wrong"),
     [(("scenario", "states"), []), (("scenario", "states"), ["gone"]), (("choices", 0), -1), (("names",), []),
+     (("scenario", "limit"), -1), (("scenario", "marker"), False), (("widths",), []), (("choice",), 1),
      (("scenario", "operations", 0, 1), 10**30), (("scenario", "operations", 0, 0), "explode"), (("mode",), "loud")],
 )  # fmt: skip
 def test_a_run_that_cannot_be_is_refused(where: tuple[str | int, ...], wrong: object, tmp_path: Path) -> None:

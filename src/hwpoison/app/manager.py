@@ -320,7 +320,7 @@ class Manager(BaseManager):
             )
         if offline_foreign and os.geteuid():
             raise PermissionError("offline_foreign needs root: the kernel's hard offline does")
-        # Where it can't be had, nothing is started: a manager that is killed early may leave its keeper for a while.
+        # Where it can't be had, nothing is started.
         os.close(open_userfaultfd().fd)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         if theirs.fileno() <= 2:

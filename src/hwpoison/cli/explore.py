@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hwpoison.cli.common import FINE, FOUND, USAGE, json_option, paint, print_json
+from hwpoison.core.records import printable
 
 if TYPE_CHECKING:
     from hwpoison.simulation.explore import Cell
@@ -100,7 +101,7 @@ def _replay(path: Path) -> int:
     again = Replay(saved)
     click.echo(f"{saved.scenario} ({saved.mode})")
     if saved.violation:
-        click.echo(f"When it was found, this did not hold: {saved.violation}")
+        click.echo(f"When it was found, this did not hold: {printable(saved.violation)}")
     try:
         for line in again.story():
             click.echo(line)

@@ -24,7 +24,8 @@ def serve(socket: str | None, memory_limit: int | None, offline_foreign: bool) -
     line per failure to standard error, which on a terminal comes between what other commands print there.
 
     When it is told to end while processes still map its memory, it writes changes back, lets nobody new in and stays until
-    the last has gone; the same signal again ends it at once, and then accesses to pages that are not present sleep for ever.
+    the last has gone; the same signal again ends it at once, and those processes with it, by SIGBUS: nobody could serve
+    their accesses any more. A manager that dies is followed by another one (docs/restart.md).
 
     \b
     Example:

@@ -75,6 +75,9 @@ class Journal:
                 self._drop(("loss", object_.number, page))
 
     def errors(self, object_: MemoryObject) -> None:
+        """There are more of them."""
+        if object_.closed:
+            return
         self._put(("errors", object_.number), object_.error_sequence)
 
     # --- losses
@@ -103,6 +106,8 @@ class Journal:
 
     def mapping(self, mapping: Mapping) -> None:
         """It is there, or what its flush has to tell is another."""
+        if mapping.gone:
+            return
         slot = -1 if mapping.hits is None else mapping.hits.index
         self._put(("mapping", mapping.number), [
             mapping.client.number, mapping.object.number, mapping.address, slot, mapping.errors_apart, mapping.heir,
@@ -123,6 +128,8 @@ class Journal:
 
     def met(self, mapping: Mapping) -> None:
         """A guarded view is shown one more loss."""
+        if mapping.gone:
+            return
         self._put(("met", mapping.number), [mapping.met_before, list(mapping.met)])
 
     # --- failures

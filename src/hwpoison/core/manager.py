@@ -148,31 +148,39 @@ class MemoryManager(Books):
         if before is not None:
             # Somebody came while it was under way, and has gone again. It must not close the file under this one.
             await asyncio.wait((before,))
-        if object_.references or object_.closed:
-            return
-        await write_back_all(self, object_)
-        async with object_.locks.hold(0, object_.pages.count):
-            # What reclaim writes back needs no lock any more, but it needs the file.
-            for page in [page for run in object_.pages.runs(WRITEBACK) for page in range(run[0], run[0] + run[1])]:
-                await object_.written_back(page)
-            if object_.references or object_.ending is not asyncio.current_task() or object_.lost_changes:
-                # What somebody who has come and gone meanwhile has changed is for the next end to write. And what was lost
-                # of a file's changes must not be read as what the file held before: who opens it again finds the loss.
-                return
-            dirty = sum(object_.nbytes_of(*run) for run in object_.pages.runs(DIRTY))
-            if dirty:
-                self.record(
-                    "error",
-                    object_,
-                    detail=f"{dirty} bytes of changes are lost: nobody uses them any more, and they could not be written",
-                )
-            object_.closed = True
-            del self._objects[object_.name]
-            self.journal.object_ended(object_)
-            self.reclaim.left(object_, object_.pages.present)
-            object_.store.close()
-            if object_.backing is not None:
-                await object_.backing.file.close()
+        while not (object_.references or object_.closed):
+            error = await write_back_all(self, object_)
+            async with object_.locks.hold(0, object_.pages.count):
+                if await self._ended_as_far_as_written(object_, unwritten=error is not None):
+                    return
+
+    async def _ended_as_far_as_written(self, object_: MemoryObject, *, unwritten: bool) -> bool:
+        """End an object of which all pages are locked; False if changes have come that nobody has tried to write."""
+        # What reclaim writes back needs no lock any more, but it needs the file.
+        for page in [page for run in object_.pages.runs(WRITEBACK) for page in range(run[0], run[0] + run[1])]:
+            await object_.written_back(page)
+        if object_.references or object_.ending is not asyncio.current_task() or object_.lost_changes:
+            # What somebody who has come and gone meanwhile has changed is for the next end to write. And what was lost of a
+            # file's changes must not be read as what the file held before: who opens it again finds the loss.
+            return True
+        dirty = sum(object_.nbytes_of(*run) for run in object_.pages.runs(DIRTY))
+        if dirty and not unwritten:
+            # The last client has died while something that it had asked for was under way.
+            return False
+        if dirty:
+            self.record(
+                "error",
+                object_,
+                detail=f"{dirty} bytes of changes are lost: nobody uses them any more, and they could not be written",
+            )
+        object_.closed = True
+        del self._objects[object_.name]
+        self.journal.object_ended(object_)
+        self.reclaim.left(object_, object_.pages.present)
+        object_.store.close()
+        if object_.backing is not None:
+            await object_.backing.file.close()
+        return True
 
     # --- clients and their mappings
 
@@ -209,6 +217,7 @@ class MemoryManager(Books):
         else:
             mapping.client.remove(mapping)
             mapping.object.mappings.remove(mapping)
+        mapping.gone = True
         self.journal.mapping_gone(mapping)
         self.release(mapping.object)
 

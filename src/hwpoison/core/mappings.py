@@ -28,7 +28,7 @@ class Mapping:
     """
 
     __slots__ = (
-        "_answers", "_asleep", "address", "client", "count", "error_seen", "errors_apart", "first", "heir", "hits",
+        "_answers", "_asleep", "address", "client", "count", "error_seen", "errors_apart", "first", "gone", "heir", "hits",
         "markers", "met", "met_before", "number", "object", "reads", "writes",
     )  # fmt: skip
 
@@ -59,6 +59,8 @@ class Mapping:
         """How many more `errors` it has than the object: less for each that its own flush met, one for what it inherits."""
         self.heir = bool(object_.untold)
         """Changes were lost before it came, and nobody was told: it is, unless they are had back or told meanwhile."""
+        self.gone = False
+        """It has ended, though something that was asked through it may still be under way."""
         self._answers: dict[asyncio.Future[None], None] = {}
         self._asleep: dict[int, int] = {}
 

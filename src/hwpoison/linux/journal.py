@@ -101,10 +101,15 @@ class LinuxRecords:
         content = self._encode(said)
         try:
             self._write(_frame.pack(len(content), zlib.crc32(content)) + content)
-            if self._end > 2 * self._live + OLD_BYTES_MIN:
-                self._write_anew()
         except OSError as error:
             self._break(error)
+            return
+        if self._end > 2 * self._live + OLD_BYTES_MIN:
+            try:
+                self._write_anew()
+            except OSError:
+                # It is whole as it is. Once more when it has doubled.
+                self._live = self._end
 
     def _write(self, data: bytes) -> None:
         if self._end + len(data) > self._room:

@@ -194,18 +194,18 @@ class Session:
         manager = self.server.manager
         if self._next_look is not None:
             self._next_look.cancel()
-        if self.client is not None:
-            manager.remove_client(self.client)
-            self.client = None
-        for asked_by in [one for one in manager.promises if one[0] == self.number]:
-            manager.promise_over(asked_by)
-        self._about_to_map.clear()
         records = self.server.machine.records
         with records.together():
+            if self.client is not None:
+                manager.remove_client(self.client)
+                self.client = None
+            for asked_by in [one for one in manager.promises if one[0] == self.number]:
+                manager.promise_over(asked_by)
             for handle in self._mappings:
                 records.drop(("handle", self.number, handle))
             records.drop(("listens", self.number))
             records.drop(("session", self.number))
+        self._about_to_map.clear()
         self._mappings.clear()
         for channel in list(self._channels):
             channel.close()
@@ -513,12 +513,14 @@ class Session:
             return
         mapping = self._mapping(number)
         del self._mappings[number]
-        self.server.machine.records.drop(("handle", self.number, number))
         self._flush_failed.pop(number, None)
         slot = self._slots.pop(number, None)
         if slot is not None and self._board is not None:
             self._board.free(slot)
-        self.server.manager.unmap(mapping)
+        records = self.server.machine.records
+        with records.together():
+            records.drop(("handle", self.number, number))
+            self.server.manager.unmap(mapping)
 
     def _mapping(self, number: int) -> Mapping:
         try:

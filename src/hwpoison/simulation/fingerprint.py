@@ -37,7 +37,7 @@ from hwpoison.simulation.world import Manager, World
 
 _PLAIN = {int, bytes, bool, type(None), float}
 _CODE = (
-    types.FrameType, types.FunctionType, types.CodeType, types.ModuleType, type, types.BuiltinFunctionType,
+    types.FrameType, types.CodeType, types.ModuleType, type, types.BuiltinFunctionType,
     types.GetSetDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType, types.MethodDescriptorType,
 )  # fmt: skip
 _NOT_HELD = {*_CODE, types.CoroutineType}
@@ -66,6 +66,7 @@ class Fingerprint:
         stores = tuple([
             (tuple([page and (self._frame(page.number), page.content, page.bad, page.held) for page in store.pages]),
              tuple(store.large), tuple(store.marks), store.closed,
+             tuple([self._frame(page.number) for page in store.transit]),
              tuple([(area.process.pid, area.address, tuple(sorted(area.entries.items()))) for area in store.areas]))
             for store in simulated.stores
         ])  # fmt: skip
@@ -94,7 +95,7 @@ class Fingerprint:
             backing and (backing.identity, backing.changed, backing.writing, self.canonical(backing.turn)),
             tuple([self._mapping(one) for one in object_.mappings]),
             tuple([(client.alive, tuple(sorted(client.told.items())), len(client.vacated)) for client in manager.clients()]),
-            self.canonical(vars(manager.reclaim)),
+            self.canonical(vars(manager.reclaim)), tuple(sorted(manager.lost_changes_of.items())),
         )  # fmt: skip
 
     def _mapping(self, mapping: mappings.Mapping) -> tuple[Any, ...]:
@@ -150,7 +151,13 @@ class Fingerprint:
                 chain.append(self._coroutine(coroutine))
                 coroutine = coroutine.cr_await
             found.append((task.get_name(), task.cancelling(), tuple(chain), self.canonical(task._fut_waiter)))  # type: ignore[attr-defined]
-        return tuple(found)
+        # One that has failed is looked at in the end: a run in which none has must not stand for it.
+        failed = [
+            (task.get_name(), repr(task.exception()))
+            for task in self._world.loop.tasks
+            if task.done() and not task.cancelled() and task.exception() is not None
+        ]
+        return tuple(found), tuple(failed), len(self._world.loop.errors)
 
     def _coroutine(self, coroutine: types.CoroutineType[Any, Any, Any]) -> tuple[Any, ...]:
         frame = coroutine.cr_frame
@@ -174,6 +181,7 @@ class Fingerprint:
             tuple([(one.number, wrong) for one, wrong in expectation._told_of.items()]),
             tuple([(one.number, tuple(sorted(dirty))) for one, dirty in expectation._dirty.items()]),
             tuple(sorted(expectation._unsynced)), expectation.unheard, self._world.loop.time() > 0,
+            tuple(sorted(expectation.struck)), tuple(sorted([self._frame(one) for one in expectation.named])),
         )  # fmt: skip
 
     # --- what tasks hold
@@ -234,6 +242,12 @@ def _generator(look: Fingerprint, value: Any) -> Any:
     return ("generator", value.__name__, frame.f_lasti if frame else None, tuple(referents))
 
 
+def _function(look: Fingerprint, value: types.FunctionType) -> Any:
+    """What it was made with, if that is anything."""
+    cells = [cell.cell_contents for cell in value.__closure__ or ()]
+    return (value.__name__, tuple([look.canonical(one) for one in cells])) if cells else None
+
+
 def _each(look: Fingerprint, value: Any) -> Any:
     return tuple([look.canonical(one) for one in value])
 
@@ -256,7 +270,7 @@ def _learned(kind: type, value: Any) -> Callable[[Fingerprint, Any], Any]:
     if issubclass(kind, Enum):
         return lambda look, value: value.value
     if issubclass(kind, BaseException):
-        return lambda look, value: (name, look.canonical(value.args))
+        return lambda look, value: (name, look.canonical(value.args), look.canonical(vars(value)))
     if issubclass(kind, tuple):
         return _each
     if is_dataclass(kind):
@@ -275,6 +289,23 @@ _ONLY = (
     mappings.ReverseMap, Pages, reclaim.Reclaim, Statistics, Scenario, Agent, Guard,
 )  # fmt: skip
 """Of these there is one, or its content is part of the fingerprint in another place."""
+LOOKED_AT = {
+    "MemoryObject": (
+        "_io", "backing", "closed", "ending", "error_sequence", "locks", "losses", "mappings", "pages", "references",
+        "untold",
+    ),
+    "Manager": ("_clients", "_objects", "answers", "lost_changes_of", "promises", "reclaim"),
+}  # fmt: skip
+"""What changes in these, and is part of the fingerprint."""
+THE_SAME = {
+    "MemoryObject": ("name", "nbytes", "number", "page_size", "store", "unit_pages"),
+    # Numbers that are given once make no difference; tasks are looked at by themselves.
+    "Manager": (
+        "_events", "_numbers", "_tasks", "_world", "_zeros", "instance", "journal", "life", "machine", "memory_limit",
+        "observer", "offline_foreign", "statistics",
+    ),
+}  # fmt: skip
+"""What does not change in them, or makes no difference. There is nothing else in them: a test looks."""
 _ITERATORS: tuple[type, ...] = (
     type(iter([])),
     type(iter(())),
@@ -301,9 +332,12 @@ _KNOWN: dict[type, Callable[[Fingerprint, Any], Any]] = {
     contextlib._GeneratorContextManager: lambda look, value: look.canonical(value.gen),
     types.CellType: lambda look, value: look.canonical(gc.get_referents(value)),
     types.GeneratorType: _generator,
+    types.FunctionType: _function,
     types.CoroutineType: Fingerprint._coroutine,
     types.MethodType: lambda look, value: (value.__name__, look.canonical(value.__self__)),
-    partial: lambda look, value: (look.canonical(value.args), look.canonical(value.keywords)),
+    partial: lambda look, value: (
+        look.canonical(value.func), look.canonical(value.args), look.canonical(value.keywords),
+    ),
     Lock: _lock,
     Event: _event,
     Timeout: _timeout,

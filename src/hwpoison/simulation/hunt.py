@@ -190,6 +190,18 @@ def compare(name: str, schedules_max: int) -> list[Comparison]:
             )
             for kind, states, operations in COMPARED_DYING
         ]
+        scenarios.append(
+            Scenario(
+                "writable",
+                ("present",),
+                (),
+                worker=(),
+                budget=(("sync fails", 1),),
+                clients=((("flush", 0), ("die", 0)),),
+                death=True,
+                successors=1,
+            )
+        )
         for scenario in scenarios:
 
             def verdict(hashing: bool, sleeping: bool, scenario: Scenario = scenario) -> bool | None:

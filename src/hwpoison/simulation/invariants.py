@@ -14,7 +14,7 @@ from hwpoison.core.locks import RangeLocks
 from hwpoison.core.mappings import Client, Mapping
 from hwpoison.core.objects import Loss
 from hwpoison.core.pages import DIRTY, LOST, POISONED, PRESENT, WRITEBACK
-from hwpoison.core.records import Failure, Notice, Outcome, State
+from hwpoison.core.records import Failure, Notice, Outcome, Report, State
 from hwpoison.simulation.memory import HWPOISON, PAGE, POISON, SimulatedStore
 from hwpoison.simulation.processes import Process
 
@@ -241,6 +241,9 @@ class Expectation:
             return
         page = failure.offset // object_.page_size
         loss = object_.losses.get(page)
+        lost_by_it = loss is not None and loss.event_id == failure.event_id
+        if failure.victims and not failure.already_poisoned and not lost_by_it and not object_.closed:
+            self.fail(f"Who is a victim is one of a loss that the failure is named for: {failure.event_id}, page {page}.")
         if failure.state is State.FREE and loss is not None and not object_.closed:
             self.fail(f"Whoever reports a page that is lost hears that it is known: page {page} was called free.")
         lost_it = failure.outcome is Outcome.RECOVERED and failure.state in (State.DIRTY_FILE, State.ANONYMOUS)
@@ -251,6 +254,11 @@ class Expectation:
         owners = tuple(sorted(agent.process.pid for agent in self.world.agents if agent.owns))
         if lost_it and failure.victims != owners:
             self.fail(f"The victims of a failure are the owners: {failure.victims} and not {owners}, page {page}.")
+
+    def answered(self, report: Report, failure: Failure) -> None:
+        """Who has reported has the answer."""
+        if failure.already_poisoned and report.pid is not None and not set(failure.victims) <= {report.pid}:
+            self.fail(f"Of a page that was bad before, he is the victim who has touched it: {failure.victims}.")
 
     def frame_handled(self, number: int, failure: Failure) -> None:
         """A report that has named a frame was handled."""
@@ -364,6 +372,8 @@ class Expectation:
         if world.machine.quarantine:
             self._check_quarantine()
         if object_.closed:
+            if object_.lost_changes:
+                self.fail("An object that has lost changes stays until somebody has had them back.")
             return self.violation
         flags, losses = object_.pages.flags, object_.losses
         busy = _worked_on(object_.locks)

@@ -92,6 +92,20 @@ def apart() -> Iterator[Scenario]:
             for sigbus in ("handled", "ignored", "blocked"):
                 for operation in ("read", "read guarded", "write")[: 2 if kind == "read-only" else 3]:
                     yield Scenario(kind, (state,), ((operation, 0),), markers=False, sigbus=sigbus)
+    yield from _gone_meanwhile()
+    yield from _told()
+    # What one has had read and what a change has made of it; a page that becomes unreadable under a request.
+    yield Scenario("cached", ("absent",), (("read", 0), ("change", 0)))
+    for operation in ("request to write half of", "request to write across", "repair"):
+        for beside in ("change", "truncate"):
+            yield Scenario("writable", ("absent",), ((operation, 0), (beside, 0)), budget=(("read fails", 1),))
+    # A window of several pages.
+    for kind in ("read-only", "writable"):
+        for beside in ("read", "report", "evict"):
+            yield Scenario(kind, ("absent",) * 3, ((beside, 2),), worker=(), clients=((("read", 0), ("read", 1)),))
+    # Without poison markers a signal is for an access that is not over.
+    for first in ("read", "write"):
+        yield Scenario("anonymous", ("present",), ((first, 0), ("report", 0), ("repair", 0)), worker=(), markers=False)
     # What is lost and what can't be written are told one by one.
     yield Scenario("writable", ("dirty",), (("flush twice", 0), ("report", 0)), budget=BUDGETS["writable"])
     # Of what was lost when its last client went, the next one is told.
@@ -112,6 +126,27 @@ def apart() -> Iterator[Scenario]:
         for second in ("evict", "report", "write back", "discard", "flush"):
             if applies(kind, second):
                 yield Scenario(kind, (first, "absent"), (("request to write across", 0), (second, 0)))
+
+
+def _gone_meanwhile() -> Iterator[Scenario]:
+    """The last client dies while it waits for what it has asked for."""
+    requests = (
+        "request to write", "request to write half of", "request to write across", "repair", "discard", "flush", "prefetch",
+    )  # fmt: skip
+    for kind, state, operations in _cells(variants=True):
+        for request in requests:
+            if request in operations:
+                clients = (((request, 0), ("die", 0)),)
+                yield Scenario(kind, (state,), (), worker=(), clients=clients, budget=BUDGETS[kind])
+    yield Scenario("writable", ("absent", "absent"), (), worker=(), clients=((("request to write across", 0), ("die", 0)),))
+
+
+def _told() -> Iterator[Scenario]:
+    """Of what was lost, or could not be made durable, each handle is told once, and who comes later if nobody was."""
+    budget = BUDGETS["writable"]
+    for first, second in (("flush", "flush"), ("flush twice", "attach and flush"), ("repair", "attach and flush")):
+        for state in ("dirty", "lost"):
+            yield Scenario("writable", (state,), ((first, 0), (second, 0)), worker=(), budget=budget)
 
 
 def two_pages() -> Iterator[Scenario]:
@@ -139,6 +174,10 @@ def restarts(successors: int = 1) -> Iterator[Scenario]:
         # What takes a page away may take its marker too.
         budget = (("marker lost", 1),) if one.operations[0][0] == "evict" else ()
         yield replace(one, successors=successors, budget=budget)
+    # A client that has died before has left nothing behind.
+    for one in _gone_meanwhile():
+        budget = (("sync fails", 1),) if one.kind == "writable" and one.clients[0][0][0] == "flush" else ()
+        yield replace(one, budget=budget, death=True, successors=successors)
     # What the death in a write-back does to the reading of another page.
     for first in ("flush", "write back"):
         operations = ((first, 0), ("read", 1))

@@ -295,7 +295,7 @@ MUTANTS = (
     Mutant(
         "the last client's changes are not written", "linux-facts 29: only what was written and synced is in the file",
         "what was stored is neither in memory nor in the file", MANAGER,
-        "        await write_back_all(self, object_)\n        async with", "        async with",
+        "            error = await write_back_all(self, object_)\n", "            error = OSError()\n",
     ),
     Mutant(
         "an error of writing uses up that of a loss", "Linux 5660e13d2fd6 (one error hid another from who asked)",
@@ -339,6 +339,11 @@ MUTANTS = (
         "not watched again by the next manager", "linux-facts 15: a punch can lose the marker",
         "a first write is unseen", TAKEOVER,
         "        await _watch(object_)\n", "        pass\n",
+    ),
+    Mutant(
+        "who has gone is written down again", "linux-facts 21: a userfaultfd lives while somebody has it, whoever is dead",
+        "the next manager finds a mapping of nobody", "hwpoison.core.journal",
+        "        if mapping.gone:\n            return\n        slot", "        slot",
     ),
     Mutant(
         "a failure ends with its manager", "Linux 6a46079cf57a (what was begun is finished, whoever is killed for it)",
@@ -400,6 +405,7 @@ _KNOWN_CELLS = {
     "markers outlive the manager": "anonymous lost: repair 0 and the manager dies",
     "a loss is over before its markers are gone": "anonymous lost: repair 0 and the manager dies",
     "not watched again by the next manager": "cached present: evict 0 and the manager dies",
+    "who has gone is written down again": "writable present:  and the manager dies",
     "a failure ends with its manager": "read-only present: report 0 and the manager dies",
     "what a request has put in is clean to the next manager": "writable absent: request to write 0 and the manager dies",
     "a write of the dead manager is somebody else's": "writable dirty absent: flush 0, read 1 and the manager dies",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class SavedRun:
     choices: tuple[int, ...]
     names: tuple[str, ...]
     violation: str
-    widths: tuple[int, ...] = ()
+    widths: tuple[int, ...]
     """How many options each choice had."""
 
     def save(self, path: Path) -> None:
@@ -51,6 +51,11 @@ def load(path: Path) -> SavedRun:
             raise ValueError(f"it has format {document.get('format')!r}")
         saved = msgspec.convert(document, SavedRun)
         scenario = saved.scenario
+        # What is not known here would be left out, and another run told.
+        for known, found in ((SavedRun, document), (Scenario, document["scenario"])):
+            unknown = found.keys() - {one.name for one in fields(known)} - {"format"}
+            if unknown:
+                raise ValueError(f"it has {', '.join(map(repr, sorted(unknown)))}, which no run has")
         for name, page in (*scenario.operations, *(one for script in scenario.clients for one in script)):
             if name not in OPERATIONS:
                 raise ValueError(f"it has an operation {name!r}")
@@ -66,15 +71,17 @@ def load(path: Path) -> SavedRun:
                 )
         if not all(0 <= page < len(scenario.states) for page in scenario.worker):
             raise ValueError(f"it has a worker on pages {scenario.worker} of {len(scenario.states)}")
-        if not {one for one, _ in scenario.budget} <= FAULTS:
-            raise ValueError(f"it has a budget for {', '.join(one for one, _ in scenario.budget)}")
+        if not {one for one, _ in scenario.budget} <= FAULTS or any(most < 0 for _, most in scenario.budget):
+            raise ValueError(f"it has a budget for {', '.join(f'{one} ({most})' for one, most in scenario.budget)}")
+        if scenario.limit < 0 or scenario.successors < 0:
+            raise ValueError("it has a limit, or successors, of less than 0")
         if scenario.sigbus not in [one.value for one in Telling]:
             raise ValueError(f"it has a SIGBUS that is {scenario.sigbus!r}")
         if not scenario.states or scenario.kind not in STATES or not set(scenario.states) <= set(STATES[scenario.kind]):
             raise ValueError(f"it has no {scenario.kind} object with pages that are {', '.join(scenario.states) or 'there'}")
         if len(saved.names) != len(saved.choices) or any(one < 0 for one in saved.choices):
             raise ValueError("it has not one name, and a number from 0 on, for each choice")
-        if len(saved.widths) not in (0, len(saved.choices)):
+        if len(saved.widths) != len(saved.choices):
             raise ValueError("it has not one width for each choice")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no run of format {FORMAT}: {error}") from error
@@ -100,19 +107,21 @@ class Replay:
         choices = Choices(self._saved.choices, names=self._saved.names, numbers=self._saved.widths)
         world = World(self._saved.scenario, choices, self._saved.mode)
         told: list[str] = []
-        steps = run_steps(world)
         before = ""
-        for number in steps:
-            happened = choices.told[len(told) :]
-            told += happened
-            pages = _pages(world)
-            if happened or pages != before:
-                yield f"{number:4}  {'; '.join(happened) or '(the manager)'}"
-                if pages != before:
-                    yield f"      {pages}"
-                before = pages
-        self.violation = steps_end(world)
-        abandon(world)
+        try:
+            for number in run_steps(world):
+                happened = choices.told[len(told) :]
+                told += happened
+                pages = _pages(world)
+                if happened or pages != before:
+                    yield f"{number:4}  {'; '.join(happened) or '(the manager)'}"
+                    if pages != before:
+                        yield f"      {pages}"
+                    before = pages
+            self.violation = steps_end(world)
+        finally:
+            # Also where it has diverged: what was begun in it must not complain.
+            abandon(world)
         if len(choices.taken) < len(self._saved.choices):
             raise DivergedError(f"diverged at choice {len(choices.taken)}: the run has ended")
 

@@ -275,6 +275,7 @@ class World:
             asked_by = (0, self._reports)
         self.unanswered[asked_by] = report
         failure = await self.manager.report(report, asked_by)
+        self.expectation.answered(report, failure)
         self.manager.answered(asked_by)
         if failure not in self.failures:
             # The manager has died between writing it down and saying it.

@@ -23,6 +23,7 @@ BENCHMARKS = {
     "load": Place("load", "bringing in a whole file", True),
     "recovery": Place("recovery", "a clean page that a process is reading goes bad", True),
     "attached": Place("attached", "a report, by the number of processes attached", True),
+    "restart": Place("restart", "the manager is killed: until an access is served again", False),
     "memory": Place("memory", "the manager's own memory", False),
     "guard": Place("guard", "a guard, warm", False),
 }

@@ -33,7 +33,7 @@ NOTE = f"p50 of {ROUNDS} times {REPORTS - 1} reports in turns; the manager's own
 def measure(bench: Bench) -> Iterator[Result]:
     """Each number, and the growth from the first to the last."""
     path = bench.file(NBYTES)
-    _allow_descriptors()
+    allow_descriptors()
     ours: dict[tuple[str, int], list[float]] = {}
     with ExitStack() as stack:
         fleets = []
@@ -71,7 +71,7 @@ class _Fleet:
         self._manager = manager
         self._memories = {name: manager.open(path, "r", name=name) for name in ("one", "all")}
         self._page_tables: list[tuple[int, int]] = []
-        for pid, address in stack.enter_context(_clients(manager.socket, "all", count - 1)):
+        for pid, address in stack.enter_context(clients(manager.socket, "all", count - 1)):
             memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, memory)
             self._page_tables.append((memory, address))
@@ -95,7 +95,7 @@ def _fleet(bench: Bench, path: Path, count: int) -> Iterator[_Fleet]:
 
 
 @contextmanager
-def _clients(socket_name: str, name: str, count: int) -> Iterator[list[tuple[int, int]]]:
+def clients(socket_name: str, name: str, count: int) -> Iterator[list[tuple[int, int]]]:
     """(pid, address of the mapping) of each."""
     command = [sys.executable, "-P", "-m", "hwpoison.cli.benchmarks.clients", socket_name, name, str(count)]
     # A library that starts threads when it is loaded would make the forks unsafe.
@@ -110,7 +110,7 @@ def _clients(socket_name: str, name: str, count: int) -> Iterator[list[tuple[int
         yield [(int(pid), int(address)) for pid, address in lines]
 
 
-def _allow_descriptors() -> None:
+def allow_descriptors() -> None:
     """For us and for what we start: a manager has four descriptors for each client."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = max(soft, DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard))
