@@ -25,7 +25,7 @@ def unordered(tree: ast.AST) -> Iterator[int]:
         elif isinstance(node, ast.Call) and ast.unparse(node.func) == "sorted":
             harmless.update(node.args)
     for node in ast.walk(tree):
-        if node not in harmless and (_declares(node) or _makes(node) or _by_identity(node)):
+        if node not in harmless and (_declares(node) or _makes(node) or _by_identity(node) or _of_keys(node)):
             yield node.lineno  # type: ignore[attr-defined]
 
 
@@ -39,8 +39,19 @@ def _makes(node: ast.AST) -> bool:
 
 
 def _by_identity(node: ast.AST) -> bool:
-    """Addresses of objects differ too."""
-    return isinstance(node, ast.Name) and node.id == "id"
+    """Addresses of objects differ too, and hashes of text."""
+    return isinstance(node, ast.Name) and node.id in ("id", "hash")
+
+
+def _of_keys(node: ast.AST) -> bool:
+    """What the keys of two dicts have in common, or one has more, is a set."""
+    if not isinstance(node, ast.BinOp) or not isinstance(node.op, ast.BitAnd | ast.BitOr | ast.BitXor | ast.Sub):
+        return False
+    sides = (node.left, node.right)
+    return any(
+        isinstance(one, ast.Call) and isinstance(one.func, ast.Attribute) and one.func.attr in ("keys", "items")
+        for one in sides
+    )
 
 
 def main(folder: str) -> int:

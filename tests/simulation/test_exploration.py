@@ -13,13 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from hwpoison.simulation.choices import DivergedError
+from hwpoison.simulation.choices import Choices, DivergedError
 from hwpoison.simulation.explore import explore
+from hwpoison.simulation.fingerprint import LOOKED_AT, THE_SAME
 from hwpoison.simulation.hunt import compare_all, hunt
 from hwpoison.simulation.matrix import BUDGETS, STATES
 from hwpoison.simulation.mutants import FAULTS, MUTANTS, RECOVERY, Mutant, planted
 from hwpoison.simulation.runs import Replay, SavedRun, load, named
 from hwpoison.simulation.scenario import Scenario
+from hwpoison.simulation.world import World
 
 FOUND = Path(__file__).parent / "found"
 
@@ -226,3 +228,10 @@ def test_what_was_found_once_holds_now(path: Path) -> None:
     again = Replay(saved)
     assert list(again.story())
     assert again.violation is None
+
+
+def test_all_that_an_object_and_a_manager_have_is_part_of_the_fingerprint_or_makes_no_difference() -> None:
+    world = World(cell("writable", "dirty", "report"), Choices(()))
+    for one in (world.object, world.manager):
+        name = type(one).__name__
+        assert sorted(vars(one)) == sorted(LOOKED_AT[name] + THE_SAME[name])

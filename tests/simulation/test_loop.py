@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -123,3 +125,7 @@ def test_tasks_under_way_have_names_of_their_own() -> None:
         return [task.get_name() for task in tasks]
 
     assert loop.run_until_complete(names()) == ["same", "same (2)", "same (3)", "same"]
+
+
+def test_it_is_small_enough_to_be_read() -> None:
+    assert len(Path(inspect.getfile(SimulationLoop)).read_text().splitlines()) <= 250
