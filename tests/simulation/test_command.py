@@ -56,6 +56,7 @@ def test_a_run_that_diverges_is_neither_a_pass_nor_a_failure(tmp_path: Path) -> 
 def test_a_run_of_what_there_is_not_is_refused_in_one_line(tmp_path: Path, scenario: dict[str, object], text: str) -> None:
     path = tmp_path / "run.json"
     document = {"format": 1, "scenario": scenario, "mode": "quiet", "choices": [], "names": [], "violation": ""}
+    document["widths"] = []
     path.write_text(json.dumps(document))
     done = explore("--replay", str(path))
     assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1), done.stderr

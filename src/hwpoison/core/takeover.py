@@ -44,6 +44,7 @@ async def take_over(books: MemoryManager, inherited: Inheritance) -> None:
     inherited.transit(hold=not taking.still_there())
     for object_ in books.objects():
         taking.settle(object_)
+    taking.not_surely_durable()
     for object_ in books.objects():
         await _watch(object_)
     for object_, page, loss, kind in taking.revived:
@@ -223,6 +224,24 @@ class _Takeover:
         if flags & PRESENT and (changed or object_.backing is None) and place not in self._isolating:
             given_up.append(page)
         return 0
+
+    def not_surely_durable(self) -> None:
+        """A sync that was under way may have failed: the error was the dead manager's, and the next sync would say that all
+        is well. So what it was about is written once more, and where that is not in memory any more everybody is told.
+        """
+        for (number, which), runs in of_kind(self.records, "syncing").items():
+            object_ = self._by_number.get(number)  # type: ignore[arg-type]
+            if object_ is None:
+                continue
+            assert isinstance(which, int)
+            pages = [page for first, count in runs for page in range(first, first + count)]
+            for page in pages:
+                if object_.is_present(page):
+                    object_.pages.set(DIRTY, page)
+            if any(not object_.is_present(page) and page not in object_.losses for page in pages):
+                object_.error_sequence += 1
+                self.books.journal.errors(object_)
+            self.books.journal.synced(object_, which)
 
     # --- failures
 

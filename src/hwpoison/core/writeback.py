@@ -66,6 +66,8 @@ async def write_back_all(books: Books, object_: MemoryObject, mapping: Mapping |
         failed = failed or error
         # What was struck is for its failure to decide, which is next at the lock; if that leaves it as it is, it is written.
         pieces += [(page, 1) for page in struck]
+    syncing = books.new_number()
+    books.journal.syncing(object_, syncing, written)
     try:
         await backing.file.sync()
     except OSError as error:
@@ -80,6 +82,7 @@ async def write_back_all(books: Books, object_: MemoryObject, mapping: Mapping |
             if mapping is not None:
                 mapping.errors_apart -= 1
                 books.journal.mapping(mapping)
+    books.journal.synced(object_, syncing)
     if failed is not None:
         _note(books, object_, failed)
     return failed

@@ -190,10 +190,10 @@ def compare(name: str, schedules_max: int) -> list[Comparison]:
             )
             for kind, states, operations in COMPARED_DYING
         ]
-        scenarios.append(
+        scenarios += [
             Scenario(
                 "writable",
-                ("present",),
+                (state,),
                 (),
                 worker=(),
                 budget=(("sync fails", 1),),
@@ -201,7 +201,8 @@ def compare(name: str, schedules_max: int) -> list[Comparison]:
                 death=True,
                 successors=1,
             )
-        )
+            for state in ("present", "dirty")
+        ]
         for scenario in scenarios:
 
             def verdict(hashing: bool, sleeping: bool, scenario: Scenario = scenario) -> bool | None:

@@ -346,6 +346,11 @@ MUTANTS = (
         "        if mapping.gone:\n            return\n        slot", "        slot",
     ),
     Mutant(
+        "a sync of the dead manager has succeeded", "linux-facts 29: of an error, fsync tells each descriptor once",
+        "what is not on the disk is said to be there", TAKEOVER,
+        "    taking.not_surely_durable()\n", "",
+    ),
+    Mutant(
         "a failure ends with its manager", "Linux 6a46079cf57a (what was begun is finished, whoever is killed for it)",
         "a page stays in between for ever", TAKEOVER,
         "    taking.finish_failures()\n", "",
@@ -405,6 +410,7 @@ _KNOWN_CELLS = {
     "markers outlive the manager": "anonymous lost: repair 0 and the manager dies",
     "a loss is over before its markers are gone": "anonymous lost: repair 0 and the manager dies",
     "not watched again by the next manager": "cached present: evict 0 and the manager dies",
+    "a sync of the dead manager has succeeded": "writable dirty:  and the manager dies",
     "who has gone is written down again": "writable present:  and the manager dies",
     "a failure ends with its manager": "read-only present: report 0 and the manager dies",
     "what a request has put in is clean to the next manager": "writable absent: request to write 0 and the manager dies",
