@@ -316,7 +316,8 @@ class ObjectList(Message):
 class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     """Of one manager, since it started. Sizes in bytes.
 
-    `pid`, `page_size`, `socket` (as `printable_path`) and `memory_limit` are the manager's; `memory_present` is what it
+    `pid`, `page_size`, `socket` (as `printable_path`) and `memory_limit` are the manager's, `keeper` is the process that it
+    comes from; `memory_present` is what it
     holds now of all objects, for so many `clients` and `objects`. `outcomes` and `states` count failures; reports of pages
     known to be bad are not counted among the outcomes, and among the states only as "already poisoned page".
     `restarts`: how often another manager has taken over; what is counted in `outcomes` and `states` goes on, the rest begins
@@ -329,6 +330,7 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     socket: str
     memory_limit: int | None
     memory_present: int
+    keeper: int
     restarts: int
     clients: int
     objects: int

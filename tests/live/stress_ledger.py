@@ -48,6 +48,7 @@ class Ledger:
         checks: dict[str, Callable[[LoggedEvent], None]] = {
             "report": lambda event: None,
             "refill": lambda event: None,
+            "takeover": lambda event: None,
             "victim": self._victim,
             "notice": self._notice,
             "access": self._access,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -80,6 +81,19 @@ def test_everything_is_as_it_was_and_nobody_reads_a_zero_that_was_not_there(
     assert path.read_bytes()[PAGE : 2 * PAGE] == page("b")
     assert table.repair(2 * PAGE, page("r")) == PAGE
     assert bytes(table.buffer[2 * PAGE : 3 * PAGE]) == page("r")
+
+
+@pytest.mark.parametrize("number", [signal.SIGBUS, signal.SIGSEGV, signal.SIGABRT])
+def test_a_failure_of_the_managers_own_memory_is_one_more_way_to_die(
+    manager: hwpoison.Manager, number: signal.Signals
+) -> None:
+    table = manager.allocate(2 * PAGE, name="table")
+    table.write(0, page("t"))
+    dead = manager.pid
+    os.kill(dead, number)
+    assert bytes(table.buffer[: 2 * PAGE]) == page("t") + bytes(PAGE)
+    assert manager.statistics().restarts == 1
+    assert manager.pid != dead
 
 
 def test_a_first_write_after_it_is_seen_and_a_loss_of_changes_is_told_by_flush(
@@ -237,9 +251,9 @@ def test_a_manager_that_can_not_be_followed_is_given_up_in_a_named_time_with_one
         ) as client,
     ):
         client.hear()
-        # No process may be started by this user any more, as far as the keeper is concerned: each dies at once.
+        # The keeper can start nobody: it may open nothing any more.
         dead = manager_of(server.pid)
-        subprocess.run(["prlimit", f"--pid={server.pid}", "--as=1"], check=True)
+        resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (3, 3))
         kill(dead)
         assert client.wait() == -signal.SIGBUS
         assert server.wait(SECONDS_MAX) == 1
@@ -298,6 +312,21 @@ def test_a_private_manager_that_is_killed_when_nobody_is_left_is_not_followed_fo
         kill(pid)
         assert select.select([keeper], [], [], SECONDS_MAX)[0], "the keeper stays"
         os.close(keeper)
+
+
+def test_a_manager_that_was_told_to_end_and_dies_is_followed_by_one_that_ends_too(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with serving(path) as server:
+        manager = hwpoison.connect(path)
+        table = manager.allocate(4 * PAGE, name="table")
+        table.write(0, page("t"))
+        server.send_signal(signal.SIGTERM)
+        wait_until(lambda: not path.exists(), "nobody new is let in")
+        kill(manager)
+        assert table.read(0, 2 * PAGE) == page("t") + bytes(PAGE)
+        table.close()
+        manager.close()
+        assert server.wait(SECONDS_MAX) == 0
 
 
 # --- planned ---------------------------------------------------------------------------------------------------------

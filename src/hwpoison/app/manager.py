@@ -57,7 +57,7 @@ class BaseManager:
 
     @property
     def pid(self) -> int:
-        """The manager's process id."""
+        """The manager's process id, as of the last answer: another one may have taken over since."""
         return self.connection.pid
 
     @property

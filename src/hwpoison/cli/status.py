@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 def status(socket: str | None, as_json: bool) -> int:
     """Show how a manager is doing. The exit status is 1 if bytes are lost or a failure ended as Failed.
 
-    "Lost" is what is lost now; everything from "Failures" on is counted since the manager started. The lines below
+    "Lost" is what is lost now. Failures and bad frames are counted since the keeper was started, accesses, faults, reads,
+    writes and drops since the last manager took over ("Restarts": after a death, or by `hwpoison restart`). The lines below
     "Failures" say what the pages were, and add up to it (reports of pages known to be bad are not counted). `hwpoison run`
     is a client of its manager, too.
 
@@ -56,7 +57,7 @@ def _rows(statistics: Statistics, lost: int) -> list[tuple[str, str]]:
     states = dict(statistics.states)
     again = states.pop(State.ALREADY_POISONED.value, 0)
     return [
-        ("Manager", f"process {statistics.pid} at {statistics.socket}"),
+        ("Manager", f"process {statistics.pid}, of keeper {statistics.keeper}, at {statistics.socket}"),
         *([("Restarts", str(statistics.restarts))] if statistics.restarts else []),
         ("Clients", str(statistics.clients)),
         ("Objects", str(statistics.objects)),

@@ -97,6 +97,10 @@ class Books:
         mapping.object.mappings.add(mapping)
         mapping.object.references += 1
 
+    def client(self, number: int) -> Client:
+        """Raises KeyError."""
+        return self._clients[number]
+
     def clients_of(self, pid: int) -> Iterator[Client]:
         return (client for client in self.clients() if client.pid == pid)
 

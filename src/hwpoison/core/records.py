@@ -112,7 +112,7 @@ class Event:
     """One line of the event log. All events of one failure carry its `event_id`."""
 
     kind: str
-    """`report`, `outcome`, `victim`, `notice`, `access`, `refill`, `repair`, `discard`, `error`, `kill`."""
+    """`report`, `outcome`, `victim`, `notice`, `access`, `refill`, `repair`, `discard`, `error`, `kill`, `takeover`."""
     event_id: str = ""
     name: str = ""
     offset: int = -1

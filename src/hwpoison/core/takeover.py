@@ -147,7 +147,8 @@ class _Takeover:
             # Which of them it has met is not known, and to take one away that is not there does nothing.
             mapping.markers.update(object_.losses)
             if ("met", number) in self.records:
-                mapping.met_before, mapping.met = self.records["met", number]
+                before, met = self.records["met", number]
+                mapping.met_before, mapping.met = before, list(met)
                 while hits is not None and hits.count < mapping.met_before + len(mapping.met):
                     hits.hit()
             self.books.add_mapping(mapping)

@@ -31,10 +31,7 @@ from hwpoison.linux.standard import open_standard_streams
 from hwpoison.linux.userfaultfd import NEEDED, NO_FEATURE, Feature, open_userfaultfd
 from hwpoison.service import keeper
 from hwpoison.service.eventlog import EventLog
-from hwpoison.service.server import Server
-
-LISTENER = "listener"
-"""Under which the keeper holds the socket at which clients connect."""
+from hwpoison.service.server import LISTENER, Server
 
 
 @dataclass(frozen=True)
@@ -199,7 +196,7 @@ async def _serve(
     address, private = options.address, options.private
     server = Server(
         machine,
-        socket.socket(fileno=held[LISTENER]),
+        socket.socket(fileno=held[LISTENER]) if LISTENER in held else None,
         address=address,
         instance=instance,
         life=life,
@@ -231,16 +228,18 @@ async def _serve(
         os._exit(0)
 
 
-def _new_keeper(options: Options, life: int) -> socket.socket:
-    """Another one, as the last one has died: this process's end of the way to it."""
+def _new_keeper(options: Options, life: int) -> tuple[socket.socket, int]:
+    """Another one, as the last one has died: this process's end of the way to it, and its process id."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     command = [sys.executable, "-P", "-m", "hwpoison.service.daemon", "--adopt", str(theirs.fileno()), "--life", str(life)]
     with theirs:
-        subprocess.Popen(
+        process = subprocess.Popen(
             [*command, *options.arguments()],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True,
         )  # fmt: skip
-    return ours
+    # It is nobody's to wait for: it outlives this process.
+    process.returncode = 0
+    return ours, process.pid
 
 
 def main() -> int:

@@ -39,6 +39,8 @@ THINGS_LIMIT = 16
 MESSAGE_LIMIT = 4096
 FILE = "file:"
 """Labels of what a file system may have to be asked for when it is closed."""
+UNKNOWN = -signal.SIGKILL - 1000
+"""How a manager has ended that is not this process's child."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Passed on to the manager."""
 
@@ -191,21 +193,25 @@ class _Process:
                 return status if status >= 0 else 1
             died = time.monotonic()
             if self._renew:
-                self._resume(self._held, self._life)
+                self._renew = False
+                try:
+                    self._resume(self._held, self._life)
+                except OSError as error:
+                    _say(f"hwpoison: what is installed can't be executed ({error}); the version that was started goes on")
             else:
                 _say(f"hwpoison: the manager has ended {_how(status)}; another one takes over")
-            hurried = status != -signal.SIGKILL and died - begun < SHORT_LIFE_SECONDS
+            hurried = status not in (-signal.SIGKILL, UNKNOWN) and died - begun < SHORT_LIFE_SECONDS
             lives = lives + 1 if hurried else 0
-            if lives == SHORT_LIVES_MAX or not self._succeed(died):
+            if lives == SHORT_LIVES_MAX:
+                return self._give_up(f"{lives} managers in a row have ended within {SHORT_LIFE_SECONDS:.0f} s each")
+            if not self._succeed(died):
                 return self._give_up()
 
     @staticmethod
-    def _give_up() -> int:
+    def _give_up(why: str = "") -> int:
         """What is held is let go with the end of this process."""
-        _say(
-            f"hwpoison: the manager has died, and no other one could be started within {GIVE_UP_SECONDS:.0f} s: "
-            "processes that map its memory are ended by SIGBUS"
-        )
+        why = why or f"the manager has died, and no other one could be started within {GIVE_UP_SECONDS:.0f} s"
+        _say(f"hwpoison: {why}: processes that map its memory are ended by SIGBUS")
         return 1
 
     def adopt(self, channel: socket.socket, pid: int) -> None:
@@ -216,11 +222,16 @@ class _Process:
     def _succeed(self, died: float) -> bool:
         """Start managers until one is ready; False if none is in time."""
         while True:
-            self._start()
-            self._listen(died + GIVE_UP_SECONDS, until_ready=True)
-            if self._ready:
-                return True
-            self._wait()
+            try:
+                self._start()
+            except (OSError, MemoryError) as error:
+                # The system gives no process, or no descriptors, now.
+                _say(f"hwpoison: no manager can be started now: {error}")
+            else:
+                self._listen(died + GIVE_UP_SECONDS, until_ready=True)
+                if self._ready:
+                    return True
+                _say(f"hwpoison: the manager has ended {_how(self._wait())} before it was ready; another one is tried")
             left = died + GIVE_UP_SECONDS - time.monotonic()
             if left <= 0:
                 return False
@@ -228,11 +239,16 @@ class _Process:
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._life += 1
         self._ready = False
         sys.stdout.flush()
         sys.stderr.flush()
-        self._pid = os.fork()
+        self._life += 1
+        try:
+            self._pid = os.fork()
+        except OSError:
+            ours.close()
+            theirs.close()
+            raise
         if not self._pid:
             status = 1
             try:
@@ -319,7 +335,7 @@ class _Process:
         _wait_for(pidfd)
         os.close(pidfd)
         if not self._pid:
-            return -signal.SIGKILL
+            return UNKNOWN  # It is another process's child.
         _, status = os.waitpid(self._pid, 0)
         self._pid = 0
         return os.waitstatus_to_exitcode(status)
@@ -345,6 +361,8 @@ def _close(fd: int) -> None:
 
 
 def _how(status: int) -> str:
+    if status == UNKNOWN:
+        return "in a way that is not known"
     return f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
 
 

@@ -28,8 +28,10 @@ from hwpoison.linux.journal import FORMAT
 from hwpoison.linux.machine import LinuxMachine
 from hwpoison.service.eventlog import EventLog
 from hwpoison.service.keeper import Keeper
-from hwpoison.service.session import Session
+from hwpoison.service.session import Left, Session
 
+LISTENER = "listener"
+"""Under which the keeper holds the socket at which clients connect."""
 PAUSE_SECONDS = 1.0
 """How long nobody can connect when the system refuses what that needs."""
 log = logging.getLogger("hwpoison")
@@ -41,13 +43,13 @@ class Server:
     def __init__(
         self,
         machine: LinuxMachine,
-        listener: socket.socket,
+        listener: socket.socket | None,
         *,
         address: str,
         instance: str,
         life: int,
         keeper: Keeper,
-        new_keeper: Callable[[], socket.socket],
+        new_keeper: Callable[[], tuple[socket.socket, int]],
         events: EventLog,
         private: bool,
         leave: Callable[[], None],
@@ -63,6 +65,8 @@ class Server:
         )
         self._keeper = keeper
         self._new_keeper = new_keeper
+        self.keeper = os.getppid()
+        """Its process id."""
         self.descriptors = Descriptors()
         self._listener = listener
         self._events = events
@@ -79,8 +83,6 @@ class Server:
 
     async def run(self, first: socket.socket | None = None) -> None:
         """Serve until stopped; `first` is a client that is connected already."""
-        self._listener.setblocking(False)
-        loop = asyncio.get_running_loop()
         self.machine.records.put(("life",), [self.manager.life, self.instance])
         if self.manager.life > 1:
             await self._take_over()
@@ -93,12 +95,9 @@ class Server:
         self._keeper.ready()
         self._keep_up()
         await self.stop.wait()
-        loop.remove_reader(self._listener)
         if self.renewing:
             return
-        # Before the socket is closed: what is at that place afterwards is another manager's.
-        self._leave()
-        self._listener.close()
+        self._listen_no_more()
         if not self._private:
             await self._nobody_maps()
         await self.manager.write_back()
@@ -110,19 +109,35 @@ class Server:
         await self.manager.close()
         self.descriptors.close()
 
+    def _listen_no_more(self) -> None:
+        """Nobody new is let in, by a manager after this one neither."""
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            asyncio.get_running_loop().remove_reader(listener)
+            # Before the socket is closed: what is at that place afterwards is another manager's.
+            self._leave()
+            self.machine.keeping.drop(LISTENER)
+            listener.close()
+
     async def _take_over(self) -> None:
         """All that managers before this one had."""
+        if self._listener is None:
+            # It was told to end, and has stayed for who maps memory.
+            self.stop.set()
         inheritance = LinuxInheritance(self.machine)
-        numbers = [int(key[1]) for key in self.machine.records.all() if key[0] == "session"]
-        sessions = [Session.inherited(self, inheritance, number) for number in sorted(numbers)]
+        left = Left(self.machine.records.all())
+        sessions = [Session.inherited(self, inheritance, number, left) for number in left.sessions]
         for session in sessions:
             self._sessions.add(session)
             self.sessions_of[session.number] = session
         await take_over(self.manager, inheritance)
+        self.event(Event(kind="takeover", pid=os.getpid(), detail=f"manager {self.manager.life}"))
         for session in sessions:
-            session.go_on(inheritance)
+            session.go_on(inheritance, left)
         for session in sessions:
             session.listen()
+        for asked_by in [one for one in self.manager.answers if one[0] not in left.sessions]:
+            self.manager.answered(asked_by)
         for label, fd in inheritance.nobodys().items():
             self.machine.keeping.drop(label)
             self.spawn(self.machine.let_go(fd))
@@ -139,9 +154,11 @@ class Server:
         loop.remove_writer(self._keeper.channel)
         if self.stop.is_set() and (self.over.is_set() or self._private):
             return
-        log.warning("the keeper has died; another one is started")
-        self._keeper.replace(self._new_keeper())
-        self._watch_keeper()
+        _say(f"hwpoison: the keeper has died; manager {os.getpid()} starts another one")
+        channel, self.keeper = self._new_keeper()
+        self._keeper.replace(channel)
+        # One that can't live must not be replaced again and again all the time.
+        loop.call_later(PAUSE_SECONDS, self._watch_keeper)
         self._keep_up()
         if not self._private:
             # It was the process that was started to serve: who has ended it, or waits for it, must not find this one here.
@@ -163,6 +180,9 @@ class Server:
 
     async def restart(self) -> None:
         """Let another manager take over, of what is installed now. Never returns; raises OSError if it can't."""
+        if stopped(self.keeper):
+            why = f"the keeper, process {self.keeper}, is stopped, and could start nobody: kill -CONT {self.keeper} first"
+            raise OSError(errno.EBUSY, why)
         check = await asyncio.create_subprocess_exec(
             sys.executable, "-P", "-m", "hwpoison.service.daemon", "--reads-journal", str(FORMAT),
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
@@ -181,7 +201,8 @@ class Server:
         pids = {client.pid for client in self.manager.clients() if client.mappings}
         if pids:
             many = "1 process still maps" if len(pids) == 1 else f"{len(pids)} processes still map"
-            _say(f"hwpoison serve: {many} memory, and this stays until the last has gone; the same signal ends it at once")
+            end = f"SIGTERM to process {os.getpid()}, or the same signal again, ends it at once, and those with it"
+            _say(f"hwpoison serve: {many} memory, and this stays until the last has gone; {end}")
         await self.manager.write_back()
         self.request_answered()
         await self.over.wait()
@@ -208,6 +229,7 @@ class Server:
             self._accept_with(self._admit)
 
     def _accept_with(self, welcome: Callable[[socket.socket], None]) -> None:
+        assert self._listener is not None
         try:
             connection, _ = self._listener.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -222,7 +244,8 @@ class Server:
             welcome(connection)
 
     def _listen(self) -> None:
-        if not self.stop.is_set():
+        if not self.stop.is_set() and self._listener is not None:
+            self._listener.setblocking(False)
             asyncio.get_running_loop().add_reader(self._listener, self._accept)
 
     def _admit(self, connection: socket.socket) -> None:
@@ -257,6 +280,7 @@ class Server:
             socket=protocol.printable_path(self.address),
             memory_limit=self.manager.memory_limit,
             memory_present=self.manager.reclaim.present * size,
+            keeper=self.keeper,
             restarts=self.manager.life - 1,
             clients=len(self.manager.clients()),
             objects=len(self.manager.objects()),
@@ -318,3 +342,12 @@ def _refuse(connection: socket.socket, error: Exception) -> None:
     with connection, suppress(OSError):
         connection.setblocking(False)
         protocol.send(connection, protocol.failed(error))
+
+
+def stopped(pid: int) -> bool:
+    """True if the process is stopped, by Ctrl-Z or SIGSTOP."""
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] in "Tt"
+    except OSError:
+        return False

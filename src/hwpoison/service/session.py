@@ -9,13 +9,14 @@ import os
 import socket
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from hwpoison import protocol
 from hwpoison.core import policy, recovery
 from hwpoison.core.journal import AskedBy, of_kind
+from hwpoison.core.machine import Key
 from hwpoison.core.mappings import Client, Mapping
 from hwpoison.core.objects import MemoryObject
 from hwpoison.core.pages import DIRTY
@@ -36,6 +37,26 @@ CONTROL, LIFELINE = "control", "lifeline"
 KEPT = (SPACE, PROCESS, BOARD, CONTROL, LIFELINE)
 """What the keeper holds of a session, under these words and its number."""
 log = logging.getLogger("hwpoison")
+
+
+class Left:
+    """What managers before this one have written down of all sessions, by their numbers."""
+
+    def __init__(self, records: dict[Key, Any]) -> None:
+        self.sessions: dict[int, list[Any]] = {}
+        """Process, whether it maps, whether it was welcomed."""
+        self.listens: dict[int, int] = {}
+        """How many losses it has had."""
+        self.handles: dict[int, dict[int, int]] = {}
+        """The numbers of its mappings, by its own numbers for them."""
+        self.notices: dict[int, dict[int, list[Any]]] = {}
+        """Object and `Notice` of what it was not told yet, by number."""
+        for kind, whole in (("session", self.sessions), ("listens", self.listens)):
+            for (number,), value in of_kind(records, kind).items():
+                whole[number] = value  # type: ignore[index]
+        for kind, parts in (("handle", self.handles), ("notice", self.notices)):
+            for (number, part), value in of_kind(records, kind).items():
+                parts.setdefault(number, {})[part] = value  # type: ignore[arg-type, index]
 
 
 class Session:
@@ -61,6 +82,7 @@ class Session:
         self._flush_failed: dict[int, protocol.Failed] = {}
         self._losses = 0
         self._maps = False
+        self._welcomed = True
         self._lifeline = -1
         self._notices: NoticeChannel | None = None
         self._next_look: asyncio.TimerHandle | None = None
@@ -71,38 +93,34 @@ class Session:
     # --- what a manager before this one has left
 
     @classmethod
-    def inherited(cls, server: Server, inheritance: LinuxInheritance, number: int) -> Session:
+    def inherited(cls, server: Server, inheritance: LinuxInheritance, number: int, left: Left) -> Session:
         """The session, before anything is served: `go_on` begins that."""
-        records = server.machine.records.all()
-        pid, maps, _ = records["session", number]
+        pid, maps, session_welcomed = left.sessions[number]
         session = cls(server, socket.socket(fileno=inheritance.take(f"{CONTROL}:{number}")), pid, number)
-        session._losses = records.get(("listens", number), 0)
-        if ("listens", number) in records:
+        if number in left.listens:
+            session._losses = left.listens[number]
             session._notices = session._notice_channel(None)
-            for (_, told), value in sorted(of_kind(records, "notice").items()):
-                if _ == number:
-                    assert isinstance(told, int)
-                    session._notices.tell(protocol.Told(told, value[0], msgspec.convert(value[1], Notice)))
+            for told, (object_number, notice) in left.notices.get(number, {}).items():
+                session._notices.tell(protocol.Told(told, object_number, msgspec.convert(notice, Notice)))
         session._maps = maps
+        session._welcomed = session_welcomed
         session._lifeline = inheritance.find(f"{LIFELINE}:{number}")
         return session
 
-    def go_on(self, inheritance: LinuxInheritance) -> None:
+    def go_on(self, inheritance: LinuxInheritance, left: Left) -> None:
         """The books are made: serve the client."""
-        server, records = self.server, self.server.machine.records.all()
         if self._maps:
-            self.client = next(one for one in server.manager.clients() if one.number == self.number)
+            self.client = self.server.manager.client(self.number)
             self._space = inheritance.spaces[self.number]
             self._board = inheritance.board(self.number)
             known = {one.number: one for one in (*self.client.mappings, *self.client.vacated)}
-            for (number, handle), mapping_number in of_kind(records, "handle").items():
-                if number == self.number and mapping_number in known:
-                    assert isinstance(handle, int)
+            for handle, mapping_number in left.handles.get(self.number, {}).items():
+                if mapping_number in known:
                     mapping = self._mappings[handle] = known[mapping_number]
                     if mapping.hits is not None:
                         self._slots[handle] = inheritance.slots[self.number, mapping.hits.index]
             self._listen()
-        if not records["session", self.number][2]:
+        if not self._welcomed:
             # Whether it got the welcome is not known; a second one does no harm.
             self._welcome()
 
@@ -123,12 +141,10 @@ class Session:
 
     def replied(self, request: protocol.Request | None) -> None:
         """The reply is sent. It is in the client's socket, whatever becomes of this process."""
-        if self._control is None:
-            return  # It has ended meanwhile.
-        if isinstance(request, protocol.Hello) and self.number:
-            self.server.machine.records.put(("session", self.number), [self.pid, self._maps, True])
-        elif isinstance(request, protocol.ReportPage) and request.number:
+        if isinstance(request, protocol.ReportPage) and request.number:
             self.server.manager.answered((self.number, request.number))
+        elif isinstance(request, protocol.Hello) and self._control is not None and self.number:
+            self.server.machine.records.put(("session", self.number), [self.pid, self._maps, True])
 
     # --- its life
 
@@ -201,6 +217,8 @@ class Session:
                 self.client = None
             for asked_by in [one for one in manager.promises if one[0] == self.number]:
                 manager.promise_over(asked_by)
+            for asked_by in [one for one in manager.answers if one[0] == self.number]:
+                manager.answered(asked_by)
             for handle in self._mappings:
                 records.drop(("handle", self.number, handle))
             records.drop(("listens", self.number))

@@ -122,9 +122,9 @@ COMPARED_DYING = (
     ("anonymous", ("lost",), ("read",)),
     ("anonymous", ("lost",), ("repair", "read")),
     ("writable", ("dirty",), ("flush",)),
-    ("writable", ("dirty", "absent"), ("flush", "read")),
+    ("writable", ("dirty", "absent"), ("write back", "read")),
     ("writable", ("absent",), ("request to write",)),
-    ("cached", ("present",), ("evict", "write")),
+    ("cached", ("present",), ("evict", "read")),
 )
 """The same, with the manager's death and one that takes over."""
 
