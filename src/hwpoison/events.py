@@ -63,7 +63,8 @@ class LoggedEvent(msgspec.Struct, frozen=True, kw_only=True):
 
     `kind` says what happened (`report`, `outcome`, `victim`, `notice`, `access`, `refill`, `repair`, `discard`, `error`,
     `kill`, `takeover`); `event_id` is that of the failure to which it belongs. It concerns `nbytes` at `offset` of the
-    object `name` (-1: no place in it) and process `pid` (0: none); `state` and `outcome` are the failure's, `detail` is for people.
+    object `name` (-1: no place in it) and process `pid` (0: none); `state` and `outcome` are the failure's, `detail` is for
+    people.
     """
 
     id: int

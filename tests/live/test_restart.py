@@ -242,6 +242,23 @@ def test_if_manager_and_keeper_are_gone_those_who_map_memory_end_by_sigbus_and_n
         shared.close()
 
 
+@pytest.mark.parametrize(
+    "what",
+    [
+        "signal.signal(signal.SIGBUS, signal.SIG_IGN)",
+        "signal.signal(signal.SIGBUS, lambda *_: None)",
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGBUS])",
+    ],
+    ids=["ignored", "handled", "blocked"],
+)
+def test_who_would_not_end_by_sigbus_then_is_killed(tmp_path: Path, what: str) -> None:
+    code = "manager = hwpoison.connect(arguments[0])\nmemory = manager.allocate(1 << 20)\nsay()\nhear()\n"
+    with serving(tmp_path / "socket") as server, Child(f"{what}\n{code}", str(tmp_path / "socket")) as client:
+        client.hear()
+        kill_service(server.pid)
+        assert client.wait() == -signal.SIGKILL
+
+
 def test_a_manager_that_can_not_be_followed_is_given_up_in_a_named_time_with_one_line(tmp_path: Path) -> None:
     path = tmp_path / "socket"
     with (
