@@ -184,7 +184,7 @@ def compare(name: str, schedules_max: int) -> list[Comparison]:
                 states,
                 tuple((one, number % len(states)) for number, one in enumerate(operations)),
                 worker=(),
-                budget=BUDGETS[kind],
+                budget=BUDGETS[kind] if kind == "cached" else (),
                 death=True,
                 successors=1,
             )
