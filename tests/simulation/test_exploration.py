@@ -57,7 +57,10 @@ def test_plain_search_and_hashing_agree_where_plain_search_ends(mode: str) -> No
 
 
 def test_what_is_left_out_makes_no_difference_whatever_is_wrong() -> None:
-    comparisons = list(compare_all(schedules_max=500))
+    comparisons = list(compare_all(schedules_max=250))
+    # A few show only in cells that are larger.
+    shown = [one.name for one in comparisons if one.plain]
+    comparisons += compare_all(schedules_max=600, names=[one.name for one in MUTANTS if one.name not in shown])
     assert [one for one in comparisons if not one.equal] == []
     # Each mutant shows in one of the cells at least, so the searches had something to miss.
     assert {one.name for one in comparisons if one.plain} == {one.name for one in MUTANTS}

@@ -23,7 +23,7 @@ from hwpoison.linux.userfaultfd import NEEDED, NO_FEATURE, Feature, Opened, open
 
 REFUSALS_MAX = 3
 """So often one manager may close the channel of a request before that counts as its answer."""
-REFUSAL_SECONDS = 1.0
+REFUSAL_SECONDS = 0.02
 """How long a manager that could not take a channel may need to say so."""
 
 Reply = TypeVar("Reply", bound=protocol.Message)
@@ -281,9 +281,18 @@ class Connection:
         watch.number = self.new_number() if number is None else number
         watch.name = name
         self._watched[watch.number] = watch
-        if self._lifeline is not None:
-            self._lifeline.arm()
+        self._arm()
         return watch.number
+
+    def _arm(self) -> None:
+        """While something is mapped, the end of whoever could serve it is this process's."""
+        lifeline = self._lifeline
+        if lifeline is not None:
+            with lifeline.lock:
+                if self.mapped():
+                    lifeline.arm()
+                else:
+                    lifeline.disarm()
 
     def new_number(self) -> int:
         """For a mapping that is to be made, or a report."""
@@ -317,13 +326,13 @@ class Connection:
                 watch = self._unmapped[0]
             except IndexError:
                 return
+            # Before it is said: a manager that only waits for this ends when it hears it.
+            self._arm()
             self._exchange_again(channel, protocol.Unmap(watch.number))
             # Only now, for an interrupt's sake. If two threads say it, the second one is wrong, which harms nobody.
             self._watched.pop(watch.number, None)
             with suppress(ValueError):
                 self._unmapped.remove(watch)
-            if not self._watched and self._lifeline is not None:
-                self._lifeline.disarm()
 
     def _gone(self, error: BaseException) -> ConnectionError:
         return ConnectionError(f"the manager of {self.socket_name} is gone: {error}")

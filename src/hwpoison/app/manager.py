@@ -34,6 +34,7 @@ SOCKET_VARIABLE = "HWPOISON_SOCKET"
 
 Socket = socket.socket
 """Where `socket` is the name of something else."""
+START_ATTEMPTS = 3
 CONNECT_ATTEMPTS = 10
 """A manager may die with a client that it has just accepted; so many in a row do not."""
 MEMORY_LIMIT_MAX = (1 << 63) - 1
@@ -322,18 +323,31 @@ class Manager(BaseManager):
             raise PermissionError("offline_foreign needs root: the kernel's hard offline does")
         # Where it can't be had, nothing is started.
         os.close(open_userfaultfd().fd)
+        arguments: list[str] = []
+        if memory_limit is not None:
+            arguments += ["--memory-limit", str(memory_limit)]
+        if offline_foreign:
+            arguments.append("--offline-foreign")
+        if without:
+            arguments += ["--without", str(without.name)]
+        for attempts_left in reversed(range(START_ATTEMPTS)):
+            try:
+                connection = self._start(arguments, without)
+                break
+            except NoWelcomeError:
+                # It was killed while it started, and there was nobody yet for whom another one would take over.
+                if not attempts_left:
+                    raise
+        super().__init__(connection)
+        connection.socket_name = self.statistics().socket
+
+    def _start(self, arguments: list[str], without: Feature) -> Connection:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         if theirs.fileno() <= 2:
             # This process has closed a standard descriptor. In the manager's that number is for what it is meant for.
             low, theirs = theirs, socket.socket(fileno=fcntl.fcntl(theirs, fcntl.F_DUPFD_CLOEXEC, 3))
             low.close()
-        command = [sys.executable, "-P", "-m", "hwpoison.service.daemon", "--channel", str(theirs.fileno())]
-        if memory_limit is not None:
-            command += ["--memory-limit", str(memory_limit)]
-        if offline_foreign:
-            command.append("--offline-foreign")
-        if without:
-            command += ["--without", str(without.name)]
+        command = [sys.executable, "-P", "-m", "hwpoison.service.daemon", "--channel", str(theirs.fileno()), *arguments]
         with theirs:
             # A session of its own: what the terminal sends to this program is not meant for its memory.
             self._process = subprocess.Popen(
@@ -346,14 +360,12 @@ class Manager(BaseManager):
                 start_new_session=True,
             )
         try:
-            connection = Connection(ours, "", without=without)
+            return Connection(ours, "", without=without)
         except BaseException:
             ours.close()
             self._process.kill()
             self._process.wait()
             raise
-        super().__init__(connection)
-        connection.socket_name = self.statistics().socket
 
     def close(self) -> None:
         """As `BaseManager.close`; then the manager process ends, or with the last other process that uses it."""

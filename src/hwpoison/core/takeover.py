@@ -26,8 +26,6 @@ from hwpoison.core.pages import DIRTY, LOST, PIECE_PAGES, POISONED, PRESENT, WRI
 from hwpoison.core.records import Failure, Outcome, State
 from hwpoison.core.recovery import lose, note_loss, well_again
 
-FILE_SECONDS_MAX = 5.0
-"""How long a file may take to say which version it is in; then it is unreadable until it is opened again."""
 INTERRUPTED = "the manager was killed while it gave up a large frame that held the page"
 _STEADY = bytes(value & PRESENT if value in (0, PRESENT, PRESENT | DIRTY) else 2 for value in range(256))
 """For flags that are the same whoever reads them: 1 if the page is there. 2 for all others."""
@@ -52,6 +50,7 @@ async def take_over(books: MemoryManager, inherited: Inheritance) -> None:
             if object_.is_present(page):
                 await well_again(books, object_, page, loss, kind)
     # Each takes its page's lock before anybody else can want it.
+    taking.versions()
     taking.answers()
     taking.finish_failures()
     books.statistics.quarantined = books.machine.held
@@ -74,6 +73,8 @@ class _Takeover:
         self.records = records
         self.revived: list[tuple[MemoryObject, int, Loss, str]] = []
         """Pages that were lost, are there again, by "repair" or "discard", and may have poison markers yet."""
+        self._in_flight: list[int] = []
+        """Objects to whose files something was being written."""
         self._by_number: dict[int, MemoryObject] = {}
         self._reviving: dict[tuple[int, int], str] = {}
         """(object, page) of losses that were being repaired or discarded, and which of the two."""
@@ -102,8 +103,6 @@ class _Takeover:
             object_.error_sequence = self.records.get(("errors", number), 0)
             self._by_number[number] = object_
             books.inherit(object_)
-            if file and file[4]:
-                books.journal.object(object_)
         for (number, page), value in of_kind(self.records, "loss").items():
             event_id, state, outcome, reason, untold, reviving = value
             loss = Loss(event_id, State(state), Outcome(outcome), reason)
@@ -117,19 +116,35 @@ class _Takeover:
         identity = identity_of(known)
         backing = Backing(file, offset, writable, identity, changed, place=tuple(place))
         if writing and identity is not None:
-            # A write was in flight, and is over now, done or not: the version that it has made is ours.
-            try:
-                async with asyncio.timeout(FILE_SECONDS_MAX):
-                    now = await file.identity()
-            except (OSError, TimeoutError):
-                backing.identity, backing.changed = (
-                    None,
-                    "the manager was killed while it wrote, and the file does not answer",
-                )
-            else:
-                if now[:3] == identity[:3]:
-                    backing.identity = now
+            # A write was in flight, and is over now, done or not: the version that it has made is ours. The file is asked
+            # beside everything else, and nobody reads it before it has answered.
+            await backing.turn.acquire()
+            backing.writing = True
+            self._in_flight.append(number)
         return backing
+
+    def versions(self) -> None:
+        """Ask the files that were being written which version they are in."""
+        for number in self._in_flight:
+            self.books.start(self._version(self._by_number[number]), f"version of object {number}")
+
+    async def _version(self, object_: MemoryObject) -> None:
+        backing = object_.backing
+        assert backing is not None
+        assert backing.identity is not None
+        try:
+            now = await backing.file.identity()
+        except OSError as error:
+            backing.identity, backing.changed = None, f"the manager was killed while it wrote, and then: {error.strerror}"
+        else:
+            if now[:3] == backing.identity[:3]:
+                backing.identity = now
+        finally:
+            backing.writing = False
+            backing.turn.release()
+            object_.io_ended()
+        if not object_.closed:
+            self.books.journal.object(object_)
 
     def clients(self) -> None:
         """Clients and their mappings."""
@@ -272,15 +287,11 @@ class _Takeover:
 
 
 async def _watch(object_: MemoryObject) -> None:
-    """What is not changed is watched for first writes: who took a page away has watched it again only afterwards."""
-    if not object_.tracks_dirt:
-        return
-    first, runs = 0, list(object_.pages.runs(DIRTY))
-    for begin, count in [*runs, (object_.pages.count, 0)]:
-        if begin > first:
-            async with object_.locks.hold(first, begin - first):
-                await object_.watch(first, begin - first)
-        first = begin + count
+    """What is not changed is watched for first writes: who took a page away has watched it again only afterwards. What is
+    changed is watched too, as changed pages may lie anywhere between; its next write is noted once more."""
+    if object_.tracks_dirt:
+        async with object_.locks.hold(0, object_.pages.count):
+            await object_.watch(0, object_.pages.count)
 
 
 def _drop(object_: MemoryObject, page: int) -> None:

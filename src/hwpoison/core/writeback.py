@@ -77,11 +77,10 @@ async def write_back_all(books: Books, object_: MemoryObject, mapping: Mapping |
             _dirty_again(object_, first, count)
         # But what was written earlier and is not in memory any more may be lost, of every handle.
         object_.error_sequence += 1
-        with books.journal.together():
-            books.journal.errors(object_)
-            if mapping is not None:
-                mapping.errors_apart -= 1
-                books.journal.mapping(mapping)
+        books.journal.errors(object_)
+        if mapping is not None:
+            # It hears of it now. That is written down when it has.
+            mapping.errors_apart -= 1
     books.journal.synced(object_, syncing)
     if failed is not None:
         _note(books, object_, failed)

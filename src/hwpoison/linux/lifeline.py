@@ -12,6 +12,7 @@ import fcntl
 import os
 import signal
 import socket
+import threading
 
 
 class Lifeline:
@@ -21,6 +22,8 @@ class Lifeline:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._ours, self._theirs = ours, theirs
         self._armed = False
+        self.lock = threading.RLock()
+        """Held from the look whether anything is mapped until it is armed, or not. Signal handlers may come back here."""
         fcntl.fcntl(ours.fileno(), fcntl.F_SETOWN, os.getpid())
 
     @property

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
+from contextlib import suppress
 
 
 def open_standard_streams() -> None:
@@ -21,3 +23,13 @@ def open_standard_streams() -> None:
     # Python has None for what was closed when it started.
     sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+
+
+def say(line: str) -> None:
+    """A line on standard error, if somebody takes it: a pipe that nobody reads, or a terminal that was stopped, must hold up
+    nobody."""
+    poll = select.poll()
+    with suppress(OSError):
+        poll.register(2, select.POLLOUT)
+        if poll.poll(0):
+            os.write(2, (line + "\n").encode(errors="backslashreplace"))

@@ -94,6 +94,8 @@ def _resume(options: Options, held: keeper.Held, life: int) -> None:
     """Execute what is installed now, in this process, with all that is held."""
     for fd in held.values():
         os.set_inheritable(fd, True)
+    # A signal that comes meanwhile waits for the one who can pass it on.
+    signal.pthread_sigmask(signal.SIG_BLOCK, keeper.SIGNALS)
     state = os.memfd_create("hwpoison-resume", 0)
     os.write(state, json.dumps({"held": held, "life": life}).encode())
     command = [sys.executable, "-P", "-m", "hwpoison.service.daemon", "--resume", str(state), *options.arguments()]
@@ -231,12 +233,15 @@ async def _serve(
 def _new_keeper(options: Options, life: int) -> tuple[socket.socket, int]:
     """Another one, as the last one has died: this process's end of the way to it, and its process id."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    command = [sys.executable, "-P", "-m", "hwpoison.service.daemon", "--adopt", str(theirs.fileno()), "--life", str(life)]
+    own = os.pidfd_open(os.getpid())
+    command = [sys.executable, "-P", "-m", "hwpoison.service.daemon", "--adopt", str(theirs.fileno()), str(own)]
+    command += ["--life", str(life)]
     with theirs:
         process = subprocess.Popen(
             [*command, *options.arguments()],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno(), own], start_new_session=True,
         )  # fmt: skip
+    os.close(own)
     # It is nobody's to wait for: it outlives this process.
     process.returncode = 0
     return ours, process.pid
@@ -248,7 +253,7 @@ def main() -> int:
     open_standard_streams()
     parser = argparse.ArgumentParser("hwpoison private manager")
     parser.add_argument("--channel", type=int, help="a socket, of the first client")
-    parser.add_argument("--adopt", type=int, help="a socket, of the manager")
+    parser.add_argument("--adopt", type=int, nargs=2, help="a socket, of the manager, and its pidfd")
     parser.add_argument("--resume", type=int, help="a file, with what is held")
     parser.add_argument(
         "--reads-journal", type=int, help="whether this version can take over from one that wrote that format"
@@ -271,7 +276,11 @@ def main() -> int:
     if given.adopt is not None:
         _become_keeper()
         return keeper.adopt(
-            partial(_manage, options, None), socket.socket(fileno=given.adopt), given.life, partial(_resume, options)
+            partial(_manage, options, None),
+            socket.socket(fileno=given.adopt[0]),
+            given.adopt[1],
+            given.life,
+            partial(_resume, options),
         )
     if given.resume is not None:
         _become_keeper()

@@ -57,6 +57,8 @@ class EventLog:
         self.instance = instance
         self._records = records
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._early: list[int] = []
+        """What was written before there was a loop."""
         # Not queue.Queue: its put takes a lock that the writer takes too. The bound is `add`'s.
         self._queue: queue.SimpleQueue[tuple[int, _Row] | Future[None] | None] = queue.SimpleQueue()
         self._hurry = threading.Event()
@@ -87,7 +89,9 @@ class EventLog:
             row = (time.time_ns(), self.instance, *values_of(event))
             self._last += 1
             if self._records is not None:
-                self._loop = self._loop or asyncio.get_running_loop()
+                if self._loop is None:
+                    self._loop = asyncio.get_running_loop()
+                    self._loop.call_later(LINGER_SECONDS, lambda: self._forget(self._early))
                 self._records.put(("event", self._last), row)
             self._queue.put((self._last, row))
 
@@ -114,7 +118,9 @@ class EventLog:
 
     def _written(self, numbers: list[int]) -> None:
         """They need not be in the journal any more. By the writer."""
-        if self._records is not None and self._loop is not None:
+        if self._loop is None:
+            self._early += numbers
+        elif self._records is not None:
             # The loop may be over; then nobody will read the journal.
             with suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._forget, numbers)

@@ -17,7 +17,6 @@ import os
 import select
 import signal
 import socket
-import struct
 import sys
 import threading
 import time
@@ -25,6 +24,8 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+
+from hwpoison.linux.standard import say
 
 GIVE_UP_SECONDS = 10.0
 """So long after a manager's death there must be another one. Else what is held is let go, which ends who waits for it."""
@@ -65,24 +66,24 @@ class Keeper:
         for at in range(0, len(things), THINGS_LIMIT):
             some = things[at : at + THINGS_LIMIT]
             self.copies.update(some)
-            self._say("keep " + " ".join(label for label, _ in some), [fd for _, fd in some])
+            self._send("keep " + " ".join(label for label, _ in some), [fd for _, fd in some])
 
     def drop(self, *labels: str) -> None:
         for label in labels:
             if self.copies.pop(label, None) is not None:
-                self._say(f"drop {label}")
+                self._send(f"drop {label}")
 
     def ready(self) -> None:
         """The manager serves. If it ended before, its start has failed."""
-        self._say("ready")
+        self._send("ready")
 
     def goodbye(self) -> None:
         """The manager ends in order: there will be no other one."""
-        self._say("goodbye")
+        self._send("goodbye")
 
     def restart(self) -> None:
         """The manager ends, and the next one comes from what is installed by then."""
-        self._say("restart")
+        self._send("restart")
 
     def replace(self, channel: socket.socket) -> None:
         """The keeper has died. There is another one at `channel`: give it everything."""
@@ -111,7 +112,7 @@ class Keeper:
             for fd in fds:
                 os.close(fd)
 
-    def _say(self, text: str, fds: list[int] | None = None) -> None:
+    def _send(self, text: str, fds: list[int] | None = None) -> None:
         message = text.encode()
         if not self._waiting and self._sent(message, fds or []):
             return
@@ -144,11 +145,10 @@ def run(
     return _Process(manage, held, resume, life, first).run()
 
 
-def adopt(manage: Manage, channel: socket.socket, life: int, resume: Callable[[Held, int], None]) -> int:
-    """Be the keeper of a manager that has lost its own, and is at the other end of `channel`."""
+def adopt(manage: Manage, channel: socket.socket, pidfd: int, life: int, resume: Callable[[Held, int], None]) -> int:
+    """Be the keeper of a manager that has lost its own: the process `pidfd`, at the other end of `channel`."""
     process = _Process(manage, {}, resume, life)
-    pid = struct.unpack("3i", channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))[0]
-    process.adopt(channel, pid)
+    process.adopt(channel, pidfd)
     return process.run()
 
 
@@ -178,6 +178,8 @@ class _Process:
         """Signals for the next manager: one that is not ready yet would die of them."""
         for number in SIGNALS:
             signal.signal(number, self._pass_on)
+        # Those that have come while the program was executed anew.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def run(self) -> int:
         if self._life and self._channel is None and not self._succeed(time.monotonic()):
@@ -197,9 +199,9 @@ class _Process:
                 try:
                     self._resume(self._held, self._life)
                 except OSError as error:
-                    _say(f"hwpoison: what is installed can't be executed ({error}); the version that was started goes on")
+                    say(f"hwpoison: what is installed can't be executed ({error}); the version that was started goes on")
             else:
-                _say(f"hwpoison: the manager has ended {_how(status)}; another one takes over")
+                say(f"hwpoison: the manager has ended {_how(status)}; another one takes over")
             hurried = status not in (-signal.SIGKILL, UNKNOWN) and died - begun < SHORT_LIFE_SECONDS
             lives = lives + 1 if hurried else 0
             if lives == SHORT_LIVES_MAX:
@@ -211,11 +213,11 @@ class _Process:
     def _give_up(why: str = "") -> int:
         """What is held is let go with the end of this process."""
         why = why or f"the manager has died, and no other one could be started within {GIVE_UP_SECONDS:.0f} s"
-        _say(f"hwpoison: {why}: processes that map its memory are ended by SIGBUS")
+        say(f"hwpoison: {why}: processes that map its memory are ended by SIGBUS")
         return 1
 
-    def adopt(self, channel: socket.socket, pid: int) -> None:
-        self._channel, self._pidfd, self._ready = channel, os.pidfd_open(pid), True
+    def adopt(self, channel: socket.socket, pidfd: int) -> None:
+        self._channel, self._pidfd, self._ready = channel, pidfd, True
 
     # --- a manager's life
 
@@ -226,12 +228,12 @@ class _Process:
                 self._start()
             except (OSError, MemoryError) as error:
                 # The system gives no process, or no descriptors, now.
-                _say(f"hwpoison: no manager can be started now: {error}")
+                say(f"hwpoison: no manager can be started now: {error}")
             else:
                 self._listen(died + GIVE_UP_SECONDS, until_ready=True)
                 if self._ready:
                     return True
-                _say(f"hwpoison: the manager has ended {_how(self._wait())} before it was ready; another one is tried")
+                say(f"hwpoison: the manager has ended {_how(self._wait())} before it was ready; another one is tried")
             left = died + GIVE_UP_SECONDS - time.monotonic()
             if left <= 0:
                 return False
@@ -268,7 +270,14 @@ class _Process:
         if self._first is not None:
             self._first.close()
             self._first = None
-        self._channel, self._pidfd = ours, os.pidfd_open(self._pid)
+        try:
+            self._pidfd = os.pidfd_open(self._pid)
+        except OSError:
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+            ours.close()
+            raise
+        self._channel = ours
 
     def _listen(self, deadline: float | None, *, until_ready: bool = False) -> None:
         """Take what the manager gives, until it ends, or is to be ready and was not at the deadline."""
@@ -341,11 +350,17 @@ class _Process:
         return os.waitstatus_to_exitcode(status)
 
     def _pass_on(self, number: int, _frame: object) -> None:
-        if not self._ready or self._pidfd < 0:
+        if not self._ready or self._pidfd < 0 or _has_ended(self._pidfd):
             self._told.append(number)
             return
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, number)
+
+
+def _has_ended(pidfd: int) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _wait_for(pidfd: int) -> None:
@@ -364,9 +379,3 @@ def _how(status: int) -> str:
     if status == UNKNOWN:
         return "in a way that is not known"
     return f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
-
-
-def _say(line: str) -> None:
-    with suppress(OSError, ValueError):
-        sys.stderr.write(line + "\n")
-        sys.stderr.flush()

@@ -26,6 +26,7 @@ from hwpoison.linux.descriptors import Descriptors
 from hwpoison.linux.inheritance import LinuxInheritance
 from hwpoison.linux.journal import FORMAT
 from hwpoison.linux.machine import LinuxMachine
+from hwpoison.linux.standard import say
 from hwpoison.service.eventlog import EventLog
 from hwpoison.service.keeper import Keeper
 from hwpoison.service.session import Left, Session
@@ -154,7 +155,7 @@ class Server:
         loop.remove_writer(self._keeper.channel)
         if self.stop.is_set() and (self.over.is_set() or self._private):
             return
-        _say(f"hwpoison: the keeper has died; manager {os.getpid()} starts another one")
+        say(f"hwpoison: the keeper has died; manager {os.getpid()} starts another one")
         channel, self.keeper = self._new_keeper()
         self._keeper.replace(channel)
         # One that can't live must not be replaced again and again all the time.
@@ -180,6 +181,8 @@ class Server:
 
     async def restart(self) -> None:
         """Let another manager take over, of what is installed now. Never returns; raises OSError if it can't."""
+        if self.stop.is_set():
+            raise OSError(errno.EBUSY, "the manager was told to end, and stays only for those who map its memory")
         if stopped(self.keeper):
             why = f"the keeper, process {self.keeper}, is stopped, and could start nobody: kill -CONT {self.keeper} first"
             raise OSError(errno.EBUSY, why)
@@ -202,7 +205,7 @@ class Server:
         if pids:
             many = "1 process still maps" if len(pids) == 1 else f"{len(pids)} processes still map"
             end = f"SIGTERM to process {os.getpid()}, or the same signal again, ends it at once, and those with it"
-            _say(f"hwpoison serve: {many} memory, and this stays until the last has gone; {end}")
+            say(f"hwpoison serve: {many} memory, and this stays until the last has gone; {end}")
         await self.manager.write_back()
         self.request_answered()
         await self.over.wait()
@@ -323,18 +326,11 @@ class Server:
             session.tell(notice)
 
     def failure(self, where: str, failure: Failure) -> None:
-        _say(kernel_line(where, failure))
+        say(kernel_line(where, failure))
 
     def defect(self, what: str, error: BaseException) -> None:
         log.error("a defect in hwpoison: %s", what, exc_info=error)
         self._events.add(Event(kind="error", detail=f"defect: {what}: {error!r}"))
-
-
-def _say(line: str) -> None:
-    """On standard error, if that can be."""
-    with suppress(OSError):
-        sys.stderr.write(line + "\n")
-        sys.stderr.flush()
 
 
 def _refuse(connection: socket.socket, error: Exception) -> None:

@@ -141,7 +141,10 @@ class Session:
 
     def replied(self, request: protocol.Request | None) -> None:
         """The reply is sent. It is in the client's socket, whatever becomes of this process."""
-        if isinstance(request, protocol.ReportPage) and request.number:
+        if isinstance(request, protocol.Flush) and request.mapping in self._mappings:
+            # Only now: what has been told is not told again by the next manager.
+            self.server.manager.journal.mapping(self._mappings[request.mapping])
+        elif isinstance(request, protocol.ReportPage) and request.number:
             self.server.manager.answered((self.number, request.number))
         elif isinstance(request, protocol.Hello) and self._control is not None and self.number:
             self.server.machine.records.put(("session", self.number), [self.pid, self._maps, True])
@@ -152,7 +155,9 @@ class Session:
         """It is answered on the new channel: a client that stops waiting leaves no answer for the next one to read."""
         taken = _taken_socket(fds)
         try:
-            self.server.descriptors.require()
+            # One that it asks by it has in any case: what is kept in reserve is for that.
+            if len(self._channels) > 1:
+                self.server.descriptors.require()
         except OSError as error:
             with taken, suppress(OSError):
                 taken.setblocking(False)

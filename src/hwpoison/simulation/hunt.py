@@ -10,7 +10,7 @@ import gc
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -44,14 +44,17 @@ def hunt_all(schedules_max: int | None = None) -> Iterator[Hunt]:
     yield from _with_each(hunt, schedules_max)
 
 
-def _with_each(story: Callable[[str, Argument], Result], argument: Argument) -> Iterator[Result]:
-    """`story` of every mutant, in the order of the catalogue, each in a new process: it is planted while modules are
-    imported. Ctrl-C is for the process that waits."""
+def _with_each(
+    story: Callable[[str, Argument], Result], argument: Argument, names: Sequence[str] | None = None
+) -> Iterator[Result]:
+    """`story` of every mutant, or of those that are named, in the order of the catalogue, each in a new process: it is
+    planted while modules are imported. Ctrl-C is for the process that waits."""
     context = multiprocessing.get_context("spawn")
     deaf = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
     pool = ProcessPoolExecutor(os.cpu_count(), mp_context=context, max_tasks_per_child=1, initializer=deaf)
     try:
-        yield from pool.map(story, [one.name for one in MUTANTS], [argument] * len(MUTANTS))
+        wanted = [one.name for one in MUTANTS] if names is None else list(names)
+        yield from pool.map(story, wanted, [argument] * len(wanted))
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -149,9 +152,9 @@ class Comparison:
         return all(one in (None, self.plain) for one in (self.with_hashing, self.with_sleep_sets, self.with_both))
 
 
-def compare_all(schedules_max: int) -> Iterator[Comparison]:
-    """Every mutant, with every cell of `COMPARED`, on one page and on the first of two."""
-    for found in _with_each(compare, schedules_max):
+def compare_all(schedules_max: int, names: Sequence[str] | None = None) -> Iterator[Comparison]:
+    """Every mutant, or those that are named, with every cell of `COMPARED`, on one page and on the first of two."""
+    for found in _with_each(compare, schedules_max, names):
         yield from found
 
 

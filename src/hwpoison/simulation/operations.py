@@ -93,6 +93,7 @@ async def _flush(world: World, mapping: Mapping, page: int, data: bytes) -> None
     else:
         world.expectation.flushed(mapping)
     world.errors_seen[mapping.number] = mapping.error_seen
+    world.manager.journal.mapping(mapping)
     world.touched_all()
 
 
