@@ -176,6 +176,8 @@ class _Process:
         self._renew = False
         self._told: list[int] = []
         """Signals for the next manager: one that is not ready yet would die of them."""
+        self._passed: list[int] = []
+        """Those that the manager was sent, and since which it has said nothing: it may be dying, and not have seen them."""
         for number in SIGNALS:
             signal.signal(number, self._pass_on)
         # Those that have come while the program was executed anew.
@@ -223,12 +225,15 @@ class _Process:
 
     def _succeed(self, died: float) -> bool:
         """Start managers until one is ready; False if none is in time."""
+        told = False
         while True:
             try:
                 self._start()
             except (OSError, MemoryError) as error:
                 # The system gives no process, or no descriptors, now.
-                say(f"hwpoison: no manager can be started now: {error}")
+                if not told:
+                    say(f"hwpoison: no manager can be started now: {error}; it is tried for {GIVE_UP_SECONDS:.0f} s")
+                told = True
             else:
                 self._listen(died + GIVE_UP_SECONDS, until_ready=True)
                 if self._ready:
@@ -298,6 +303,8 @@ class _Process:
             data, ancillary, _, _ = channel.recvmsg(MESSAGE_LIMIT, space, socket.MSG_CMSG_CLOEXEC)
         except ConnectionResetError:
             return False
+        if data:
+            self._passed.clear()
         fds = array.array("i")
         for _, _, content in ancillary:
             fds.frombytes(content[: len(content) // 4 * 4])
@@ -337,6 +344,8 @@ class _Process:
         self._channel.close()
         self._channel = None
         pidfd, self._pidfd = self._pidfd, -1
+        self._told += self._passed
+        self._passed.clear()
         if not self._over and not self._renew:
             # It has let go of us, or is not ready in time. There must not be two of them.
             with suppress(ProcessLookupError):
@@ -355,6 +364,7 @@ class _Process:
             return
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, number)
+            self._passed.append(number)
 
 
 def _has_ended(pidfd: int) -> bool:
