@@ -415,7 +415,7 @@ def test_a_shared_manager_that_is_ended_writes_back_what_its_clients_have_stored
         client.hear()
         said(server, "serves at")
         server.send_signal(signal.SIGTERM)
-        said(server, "this stays until the last has gone; the same signal ends it at once")
+        said(server, "or the same signal again, ends it at once, and those with it")
         server.send_signal(signal.SIGTERM)
         assert server.wait(SECONDS_MAX) == 0
         # Nobody is left who could serve an access of its.

@@ -156,7 +156,7 @@ class Session:
         taken = _taken_socket(fds)
         try:
             # One that it asks by it has in any case: what is kept in reserve is for that.
-            if len(self._channels) > 1:
+            if len(self._channels) > 1 or isinstance(request, protocol.Listen):
                 self.server.descriptors.require()
         except OSError as error:
             with taken, suppress(OSError):
