@@ -79,7 +79,6 @@ explore: setup
 	$(BIN)/hwpoison explore --exhaustive --mode batch --limit 6000
 	$(BIN)/hwpoison explore --exhaustive --matrix deaths --mode batch
 	$(BIN)/hwpoison explore --exhaustive --matrix restarts
-	$(BIN)/hwpoison explore --exhaustive --matrix restarts --mode batch --limit 2000
 	$(BIN)/hwpoison explore --exhaustive --matrix old-kernels --limit 3000
 	$(BIN)/hwpoison explore --exhaustive --matrix two-pages --limit 4000
 	$(BIN)/hwpoison explore --seed 1 --runs 20000
