@@ -82,8 +82,9 @@ class Handling:
     def loss(self, outcome: Outcome) -> Loss:
         return Loss(self.event_id, self.state, outcome, self.reason)
 
-    def write_down(self, state: str = "", *, isolated: bool = False) -> None:
-        """For a successor: this is being handled; if the page has a state, it may be isolated from now on."""
+    def write_down(self, state: str = "", *, isolated: str = "") -> None:
+        """For a successor: this is being handled. If the page has a state, it may be isolated from now on; with `isolated`, the
+        outcome of that, it is."""
         self.books.journal.failure(
             self.event_id, self.object, self.page, self.report, self.asked_by, state=state, isolated=isolated
         )
@@ -370,7 +371,7 @@ async def _read_again(handling: Handling) -> Outcome:
     if frame is None:
         return _lose_block(handling)
     isolated = _quarantine(handling, handling.object, frame)
-    handling.write_down(handling.state, isolated=True)
+    handling.write_down(handling.state, isolated=isolated)
     await _have_back(handling)
     return isolated
 
@@ -392,8 +393,11 @@ async def _have_back(handling: Handling) -> None:
             books.record("refill", object_, page, event_id=handling.event_id)
 
 
-async def finish(books: Books, event_id: str, object_: MemoryObject, value: list[Any]) -> Failure:
-    """A manager before this one has begun to handle a failure (`value`: as `core.journal` has it). The page is poisoned."""
+async def finish(books: Books, event_id: str, object_: MemoryObject, value: list[Any], *, held: bool) -> Failure:
+    """A manager before this one has begun to handle a failure (`value`: as `core.journal` has it). The page is poisoned.
+
+    `held`: the frame that was being isolated when it died is in quarantine.
+    """
     _, page, state, isolated, report, asked_by = value
     place = Place(object_, page, pfn=report_of(report).pfn)
     handling = Handling(books, report_of(report), event_id, place, tuple(asked_by) if asked_by else None)
@@ -406,15 +410,17 @@ async def finish(books: Books, event_id: str, object_: MemoryObject, value: list
             handling.victims = pids_of(owners_of(object_, page))
             return loss.outcome
         if isolated or (state and row.state is State.FREE):
-            # Its frame is in quarantine.
             handling.state = State(state)
+            outcome = Outcome(isolated) if isolated else Outcome.RECOVERED if held else Outcome.FAILED
+            if outcome is Outcome.FAILED:
+                handling.reason = "the quarantine is full"
             if handling.state is not State.CLEAN_FILE:
-                handling.victims = lose(books, object_, page, handling.loss(Outcome.RECOVERED))
+                handling.victims = lose(books, object_, page, handling.loss(outcome))
             elif row.state is State.FREE:
                 await _have_back(handling)
             elif row.state is State.CLEAN_FILE:
                 books.record("refill", object_, page, event_id=event_id)
-            return Outcome.RECOVERED
+            return outcome
         return await _act(handling, row)
 
     return await _handle(handling, asyncio.get_running_loop().time(), act)

@@ -15,7 +15,7 @@ that a thing is written down before it is done: of what is written and was not d
 | mapping, number | client, object, address, slot of the guarded view, `errors_apart`, `heir`, `error_seen` |
 | met, mapping | the losses that a guarded view has shown: how many are forgotten, and the pages of the others |
 | promised, who has asked | an object that it has been given, and will map |
-| failure, event id | object, page, the state that it was found in, whether it is isolated, the report, who has asked |
+| failure, event id | object, page, the state that it was found in, how it was isolated, the report, who has asked |
 | answer, who has asked | the `Failure` of a report, until the reply is sent |
 | counted | statistics of failures |
 """
@@ -153,9 +153,10 @@ class Journal:
         asked_by: AskedBy | None,
         *,
         state: str = "",
-        isolated: bool = False,
+        isolated: str = "",
     ) -> None:
-        """It is being handled. With `state`, the page was found in that, and may be isolated by now; `isolated`: it is."""
+        """It is being handled. With `state`, the page was found in that, and may be isolated by now; `isolated`: it is, with
+        that outcome."""
         value = [object_.number, page, state, isolated, list(astuple(report)), asked_by and list(asked_by)]
         self._put(("failure", event_id), value)
 

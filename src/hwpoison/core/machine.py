@@ -258,8 +258,9 @@ class Inheritance(Protocol):
     def store(self, number: int, name: str, nbytes: int) -> Store:
         """The memory of an object."""
 
-    def transit(self, *, hold: bool) -> None:
-        """What becomes of the frame that was being taken out, if there is one: it is held in quarantine, or let go."""
+    def transit(self, *, hold: bool) -> bool:
+        """What becomes of the frame that was being taken out, if there is one: it is held in quarantine, or let go. False if
+        it should be held and the system gives no room: then it is let go."""
 
     def file(self, number: int) -> File: ...
 

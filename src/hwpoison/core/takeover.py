@@ -39,7 +39,7 @@ async def take_over(books: MemoryManager, inherited: Inheritance) -> None:
     taking.clients()
     taking.failures_begun()
     # What was being isolated is held; what was not yet is taken out once more, by its failure.
-    inherited.transit(hold=not taking.still_there())
+    taking.held = inherited.transit(hold=not taking.still_there())
     for object_ in books.objects():
         taking.settle(object_)
     taking.not_surely_durable()
@@ -73,6 +73,8 @@ class _Takeover:
         self.records = records
         self.revived: list[tuple[MemoryObject, int, Loss, str]] = []
         """Pages that were lost, are there again, by "repair" or "discard", and may have poison markers yet."""
+        self.held = True
+        """The frame that was being isolated is in quarantine."""
         self._in_flight: list[int] = []
         """Objects to whose files something was being written."""
         self._by_number: dict[int, MemoryObject] = {}
@@ -283,7 +285,7 @@ class _Takeover:
     async def _finished(
         self, event_id: str, object_: MemoryObject, value: list[Any], answer: asyncio.Future[Failure]
     ) -> None:
-        answer.set_result(await failure.finish(self.books, event_id, object_, value))
+        answer.set_result(await failure.finish(self.books, event_id, object_, value, held=self.held))
 
 
 async def _watch(object_: MemoryObject) -> None:

@@ -37,8 +37,8 @@ class LinuxInheritance:
         memory, flags = labels_of(number)
         return self._machine.store(number, name, nbytes, (self.take(memory), self.take(flags)))
 
-    def transit(self, *, hold: bool) -> None:
-        self._machine.quarantine.settle(hold=hold)
+    def transit(self, *, hold: bool) -> bool:
+        return self._machine.quarantine.settle(hold=hold)
 
     def file(self, number: int) -> LinuxFile:
         return self._machine.file(self.take(file_label(number)), file_label(number))

@@ -43,13 +43,16 @@ class Quarantine:
         if transit is None:
             keeping.keep(*_labelled("transit", self.transit))
 
-    def settle(self, *, hold: bool) -> None:
-        """What a manager before this one has left in transit."""
-        for _ in range(_frames_in(self.transit[0])):
-            if hold:
+    def settle(self, *, hold: bool) -> bool:
+        """Hold the frame that a manager before this one has left in transit, or let it go. False if there is no room."""
+        if not _frames_in(self.transit[0]):
+            return True
+        if hold:
+            with contextlib.suppress(OSError):
                 self.hold(None)
-            else:
-                os.read(self.transit[0], PAGE_SIZE)
+                return True
+        os.read(self.transit[0], PAGE_SIZE)
+        return not hold
 
     def hold(self, number: int | None) -> None:
         """Move the frame in transit to the quarantine. Raises OSError if the system gives no more pipes."""

@@ -129,21 +129,17 @@ class NoticeChannel:
     What it has not read waits here. When that is more than `NOTICES_LIMIT`, what `stands` says no to is left out: losses
     that were repaired or discarded before the client read of them, which the event log has. So at most twice as many wait
     as losses stood at one time, and not as many as there were. `over` is called with the number of each that does not wait
-    any more. Without a connection, for a client that has not come back since the last manager died, all waits.
+    any more. Before `begin`, for a client that has not come back since the last manager died, all waits.
     """
 
-    def __init__(
-        self, connection: socket.socket | None, stands: Callable[[Notice], bool], over: Callable[[int], None]
-    ) -> None:
-        self._connection = connection
+    def __init__(self, stands: Callable[[Notice], bool], over: Callable[[int], None]) -> None:
+        self._connection: socket.socket | None = None
         self._stands = stands
         self._over = over
         self._loop = asyncio.get_running_loop()
         self._waiting: deque[protocol.Told] = deque()
         self._waiting_limit = NOTICES_LIMIT
         self._soon = False
-        if connection is not None:
-            connection.setblocking(False)
 
     def tell(self, told: protocol.Told) -> None:
         """Send it, or keep it until the client reads."""
@@ -161,8 +157,7 @@ class NoticeChannel:
 
     def begin(self, connection: socket.socket, after: int, welcome: protocol.Message) -> None:
         """The client listens, and has been told of those up to number `after`."""
-        if self._connection is not None:
-            self._hang_up()
+        self._hang_up()
         self._connection = connection
         connection.setblocking(False)
         while self._waiting and self._waiting[0].number <= after:

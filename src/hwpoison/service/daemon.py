@@ -1,6 +1,8 @@
-"""The manager process: `hwpoison serve`, and the private manager that `hwpoison.Manager()` starts as
+"""The processes: `hwpoison serve`, and a private manager, which `hwpoison.Manager()` starts as
 
 python -m hwpoison.service.daemon --channel FD [--memory-limit BYTES] [--offline-foreign] [--without FEATURE]
+
+What is started is the keeper (`service.keeper`); `_manage` is the life of each manager that it forks.
 """
 
 from __future__ import annotations

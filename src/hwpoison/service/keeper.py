@@ -35,13 +35,12 @@ SHORT_LIFE_SECONDS = 1.0
 SHORT_LIVES_MAX = 20
 """So many managers in a row may end by themselves within `SHORT_LIFE_SECONDS`: something kills each of them."""
 SLOW_SECONDS = 1.0
+"""A keeper that takes nothing for so long is not waited for any longer."""
 THINGS_LIMIT = 16
 """Most descriptors of one message."""
 MESSAGE_LIMIT = 4096
 FILE = "file:"
 """Labels of what a file system may have to be asked for when it is closed."""
-UNKNOWN = -signal.SIGKILL - 1000
-"""How a manager has ended that is not this process's child."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Passed on to the manager."""
 
@@ -191,10 +190,12 @@ class _Process:
         lives = 0
         while True:
             begun = time.monotonic()
-            self._listen(None if self._life == 1 or self._ready else begun + GIVE_UP_SECONDS)
+            self._listen(None)
             status = self._wait()
+            if self._over and status is None:
+                return 0  # It has said that all is well.
             if self._over or (self._life == 1 and not self._ready):
-                return status if status >= 0 else 1
+                return status if status is not None and status >= 0 else 1
             died = time.monotonic()
             if self._renew:
                 self._renew = False
@@ -204,7 +205,7 @@ class _Process:
                     say(f"hwpoison: what is installed can't be executed ({error}); the version that was started goes on")
             else:
                 say(f"hwpoison: the manager has ended {_how(status)}; another one takes over")
-            hurried = status not in (-signal.SIGKILL, UNKNOWN) and died - begun < SHORT_LIFE_SECONDS
+            hurried = status not in (-signal.SIGKILL, None) and died - begun < SHORT_LIFE_SECONDS
             lives = lives + 1 if hurried else 0
             if lives == SHORT_LIVES_MAX:
                 return self._give_up(f"{lives} managers in a row have ended within {SHORT_LIFE_SECONDS:.0f} s each")
@@ -288,12 +289,14 @@ class _Process:
         """Take what the manager gives, until it ends, or is to be ready and was not at the deadline."""
         assert self._channel is not None
         poll = select.poll()
-        poll.register(self._channel, select.POLLIN)
+        # Its process too: somebody else may have the other end of its channel.
+        for one in (self._channel.fileno(), self._pidfd):
+            poll.register(one, select.POLLIN)
         while not (until_ready and self._ready):
             wait = None if deadline is None or self._ready else max(0.0, deadline - time.monotonic()) * 1000
-            if not poll.poll(wait):
-                return
-            if not self._take(self._channel):
+            found = [fd for fd, _ in poll.poll(wait)]
+            # What it has said before it died is taken first.
+            if self._channel.fileno() not in found or not self._take(self._channel):
                 return
 
     def _take(self, channel: socket.socket) -> bool:
@@ -338,8 +341,8 @@ class _Process:
         else:
             _close(fd)
 
-    def _wait(self) -> int:
-        """The manager has ended, or has to: its status, negative for a signal."""
+    def _wait(self) -> int | None:
+        """The manager has ended, or has to: its status, negative for a signal; None if it is another process's child."""
         assert self._channel is not None
         self._channel.close()
         self._channel = None
@@ -353,7 +356,7 @@ class _Process:
         _wait_for(pidfd)
         os.close(pidfd)
         if not self._pid:
-            return UNKNOWN  # It is another process's child.
+            return None
         _, status = os.waitpid(self._pid, 0)
         self._pid = 0
         return os.waitstatus_to_exitcode(status)
@@ -385,7 +388,7 @@ def _close(fd: int) -> None:
         os.close(fd)
 
 
-def _how(status: int) -> str:
-    if status == UNKNOWN:
+def _how(status: int | None) -> str:
+    if status is None:
         return "in a way that is not known"
     return f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"

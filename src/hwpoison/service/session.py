@@ -99,7 +99,7 @@ class Session:
         session = cls(server, socket.socket(fileno=inheritance.take(f"{CONTROL}:{number}")), pid, number)
         if number in left.listens:
             session._losses = left.listens[number]
-            session._notices = session._notice_channel(None)
+            session._notices = session._notice_channel()
             for told, (object_number, notice) in left.notices.get(number, {}).items():
                 session._notices.tell(protocol.Told(told, object_number, msgspec.convert(notice, Notice)))
         session._maps = maps
@@ -171,15 +171,13 @@ class Session:
             channel.say(added)
             return
         if self._notices is None or self._notices.closed:
-            self._notices = self._notice_channel(None)
+            self._notices = self._notice_channel()
         self.server.machine.records.put(("listens", self.number), self._losses)
         self._notices.begin(taken, request.after, added)
 
-    def _notice_channel(self, connection: socket.socket | None) -> NoticeChannel:
+    def _notice_channel(self) -> NoticeChannel:
         records = self.server.machine.records
-        return NoticeChannel(
-            connection, self.server.manager.stands, lambda number: records.drop(("notice", self.number, number))
-        )
+        return NoticeChannel(self.server.manager.stands, lambda number: records.drop(("notice", self.number, number)))
 
     def channel_closed(self, channel: Channel) -> None:
         """The last channel's end is the client's, unless its memory lives and still has mappings: those are served.

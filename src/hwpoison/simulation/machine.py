@@ -300,13 +300,14 @@ class SimulatedInheritance:
         store.marks.clear()
         return store
 
-    def transit(self, *, hold: bool) -> None:
+    def transit(self, *, hold: bool) -> bool:
         for store in self._machine.stores:
             for page in store.transit:
                 assert hold, "a page that was taken out is still there"
                 if not page.held:
                     self._machine.quarantine[page.number] += 1
             store.transit.clear()
+        return True
 
     def file(self, number: int) -> SimulatedFile:
         return SimulatedFile(self._machine, self._machine.kept[number])
