@@ -83,8 +83,8 @@ class Handling:
         return Loss(self.event_id, self.state, outcome, self.reason)
 
     def write_down(self, state: str = "", *, isolated: str = "") -> None:
-        """For a successor: this is being handled. If the page has a state, it may be isolated from now on; with `isolated`, the
-        outcome of that, it is."""
+        """For a successor: this is being handled. If the page has a state, it may be isolated from now on; with `isolated`,
+        the outcome of that, it is."""
         self.books.journal.failure(
             self.event_id, self.object, self.page, self.report, self.asked_by, state=state, isolated=isolated
         )
