@@ -4,7 +4,7 @@
 #   make test      check, then all tests but the soak tests              make soak     the tests that run long
 #   make check     formatting, lint, types, layers                       make bench    the benchmarks
 #   make format    format and fix what can be fixed                      make clean    remove all that make made
-#   make explore   every order of events in simulation: several at once, two pages, the manager's death; large worlds by seed
+#   make explore   every order of events in simulation: several at once, two pages, the manager's death (10 minutes)
 
 # More arguments for pytest: make test ARGS='-k quarantine'
 ARGS ?=
@@ -76,14 +76,15 @@ check: setup
 	$(BIN)/python tools/sets.py src/hwpoison/core
 
 explore: setup
-	$(BIN)/hwpoison explore --exhaustive --mode batch --limit 6000
+	$(BIN)/hwpoison explore --exhaustive --mode batch --limit 4000
 	$(BIN)/hwpoison explore --exhaustive --matrix deaths --mode batch
-	$(BIN)/hwpoison explore --exhaustive --matrix restarts
-	$(BIN)/hwpoison explore --exhaustive --matrix old-kernels --limit 3000
-	$(BIN)/hwpoison explore --exhaustive --matrix two-pages --limit 4000
-	$(BIN)/hwpoison explore --seed 1 --runs 20000
+	$(BIN)/hwpoison explore --exhaustive --matrix two-pages --limit 2500
 
 soak: setup
+	$(BIN)/hwpoison explore --exhaustive --matrix all-pairs --mode batch --limit 6000
+	$(BIN)/hwpoison explore --exhaustive --matrix restarts
+	$(BIN)/hwpoison explore --exhaustive --matrix old-kernels --limit 3000
+	$(BIN)/hwpoison explore --seed 1 --runs 20000
 	$(BIN)/python -m pytest -m soak -o faulthandler_timeout=0 $(ARGS)
 
 bench: setup

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -66,8 +67,17 @@ def test_each_matrix_has_every_state_with_every_operation_that_there_is() -> Non
     assert {page for one in two_pages() for _, page in one.operations} == {0, 1}
 
 
+def test_what_is_left_out_of_a_cached_file_is_as_with_one_that_is_not_cached() -> None:
+    there = set(map(str, pairs(variants=False)))
+    left_out = [one for one in pairs(misfortunes=True, variants=False) if str(replace(one, budget=())) not in there]
+    assert {one.kind for one in left_out} == {"cached"}
+    for one in left_out[::20]:
+        with_it, without = (explore(replace(one, kind=kind, budget=())) for kind in ("cached", "writable"))
+        assert (with_it.schedules, with_it.steps, with_it.states) == (without.schedules, without.steps, without.states)
+
+
 def test_wherever_the_manager_dies_the_next_one_goes_on_as_if_nothing_had_been() -> None:
-    # `make explore` has all of them; here those of a third are enough to see that it works.
+    # `make soak` has all of them; here those of a third are enough to see that it works.
     assert explored(islice(restarts(), 0, None, 3)) > 100
 
 

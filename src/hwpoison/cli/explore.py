@@ -31,10 +31,11 @@ FOUND_FOLDER = Path("tests/simulation/found")
 @click.option("--replay", metavar="FILE", type=click.Path(path_type=Path), help="Tell a run again, step by step.")
 @click.option("--mode", type=click.Choice(["quiet", "batch"]), default="quiet", show_default=True,
               help="When something from outside may come: if nothing is ready, or several at once.")  # fmt: skip
-@click.option("--matrix", type=click.Choice(["pairs", "two-pages", "deaths", "restarts", "old-kernels"]), default="pairs",
-              show_default=True,
-              help="Pairs of operations on one page, on two, each operation with the manager's death, or pairs "
-                   "where the kernel has no poison markers; with restarts, another manager takes over.")  # fmt: skip
+@click.option("--matrix", type=click.Choice(["pairs", "all-pairs", "two-pages", "deaths", "restarts", "old-kernels"]),
+              default="pairs", show_default=True,
+              help="Pairs of operations on one page (all-pairs: those too that differ little from others), on two, each "
+                   "operation with the manager's death, or pairs where the kernel has no poison markers; with restarts, "
+                   "another manager takes over.")  # fmt: skip
 @click.option("--misfortunes", is_flag=True, help="One write or read may fail, or one marker be lost, beside all else.")
 @click.option("--limit", metavar="N", type=click.IntRange(1), help="At most so many schedules a cell.")
 @click.option("--save", metavar="FOLDER", type=click.Path(path_type=Path, file_okay=False),
@@ -115,10 +116,10 @@ def _replay(path: Path) -> int:
 def _exhaustive(mode: Any, matrix: str, misfortunes: bool, limit: int | None, save: Path | None, as_json: bool) -> int:
     from hwpoison.simulation.matrix import MATRICES, explore_all, pairs
 
-    if misfortunes and matrix != "pairs":
-        raise click.UsageError("--misfortunes goes with the matrix of pairs")
+    if misfortunes and matrix not in ("pairs", "all-pairs"):
+        raise click.UsageError("--misfortunes goes with the matrices of pairs")
     _make_folder(save)
-    scenarios = list(pairs(misfortunes=misfortunes) if matrix == "pairs" else MATRICES[matrix]())
+    scenarios = list(pairs(misfortunes=True, variants=matrix == "all-pairs") if misfortunes else MATRICES[matrix]())
     started = time.monotonic()
     counted = [0, 0]
 

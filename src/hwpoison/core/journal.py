@@ -23,7 +23,8 @@ that a thing is written down before it is done: of what is written and was not d
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import astuple
+from dataclasses import fields
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from hwpoison.core.machine import Identity, Key, Records
@@ -157,7 +158,7 @@ class Journal:
     ) -> None:
         """It is being handled. With `state`, the page was found in that, and may be isolated by now; `isolated`: it is, with
         that outcome."""
-        value = [object_.number, page, state, isolated, list(astuple(report)), asked_by and list(asked_by)]
+        value = [object_.number, page, state, isolated, list(_of_report(report)), asked_by and list(asked_by)]
         self._put(("failure", event_id), value)
 
     def failure_over(self, failure: Failure, asked_by: AskedBy | None, statistics: Statistics) -> None:
@@ -172,9 +173,14 @@ class Journal:
         self._drop(("answer", *asked_by))
 
 
+# `dataclasses.astuple` would copy every value, deeply.
+_of_report = attrgetter(*(one.name for one in fields(Report)))
+_of_failure = attrgetter(*(one.name for one in fields(Failure)))
+
+
 def plain(failure: Failure) -> list[Any]:
     """As `failure_of` has it."""
-    values = list(astuple(failure))
+    values = list(_of_failure(failure))
     values[3] = list(failure.victims)
     return values
 

@@ -161,8 +161,13 @@ class Fingerprint:
 
     def _coroutine(self, coroutine: types.CoroutineType[Any, Any, Any]) -> tuple[Any, ...]:
         frame = coroutine.cr_frame
-        canonical = self.canonical
-        held = [canonical(one) for one in _referents(coroutine) if type(one) not in _NOT_HELD]
+        canonical, plain, constant = self.canonical, _PLAIN, _ONE
+        # This is where most time goes.
+        held = [
+            one if kind in plain else constant[kind] if kind in constant else canonical(one)
+            for one in _referents(coroutine)
+            if (kind := type(one)) not in _NOT_HELD
+        ]
         return (coroutine.__name__, frame.f_lasti if frame else None, tuple(held))
 
     def _expected(self) -> tuple[Any, ...]:
@@ -193,6 +198,8 @@ class Fingerprint:
             return value
         if kind is str:
             return self._id(value) if value.startswith("sim-") else value
+        if kind in _ONE:
+            return _ONE[kind]
         known = _KNOWN.get(kind)
         if known is None:
             known = _KNOWN[kind] = _learned(kind, value)
@@ -314,8 +321,12 @@ _ITERATORS: tuple[type, ...] = (
     type(zip()),
     type(enumerate(())),
 )
+_ONE: dict[type, str] = {
+    **{kind: kind.__name__ for kind in _ONLY},
+    locks.RangeLocks: "locks",
+    contextlib.suppress: "suppress",
+}
 _KNOWN: dict[type, Callable[[Fingerprint, Any], Any]] = {
-    **{kind: (lambda look, value, name=kind.__name__: name) for kind in _ONLY},  # type: ignore[misc]
     **{kind: (lambda look, value: (type(value).__name__, look.canonical(value.__reduce__()[1:]))) for kind in _ITERATORS},
     list: _each,
     tuple: _each,
@@ -328,7 +339,6 @@ _KNOWN: dict[type, Callable[[Fingerprint, Any], Any]] = {
     memoryview: lambda look, value: value.tobytes() if value.nbytes < 1 << 12 else ("memory", value.nbytes),
     range: lambda look, value: value,
     slice: lambda look, value: (value.start, value.stop, value.step),
-    contextlib.suppress: lambda look, value: "suppress",
     contextlib._GeneratorContextManager: lambda look, value: look.canonical(value.gen),
     types.CellType: lambda look, value: look.canonical(gc.get_referents(value)),
     types.GeneratorType: _generator,
@@ -343,7 +353,6 @@ _KNOWN: dict[type, Callable[[Fingerprint, Any], Any]] = {
     Timeout: _timeout,
     TimedCallback: lambda look, value: ("timer", round(value.when() - look._world.loop.time(), 9), value.cancelled()),
     locks.Held: _held,
-    locks.RangeLocks: lambda look, value: "locks",
     objects.MemoryObject: lambda look, value: ("object", value.number),
     objects.Backing: lambda look, value: ("backing", value.place),
     mappings.Mapping: lambda look, value: ("mapping", value.number),

@@ -29,9 +29,8 @@ import copy
 import errno
 import mmap
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 from hwpoison.core.machine import Key, Runs, Store, Table
 from hwpoison.simulation.choices import MANAGER, Event
@@ -256,23 +255,24 @@ class SimulatedRecords:
         self._together = 0
 
     def put(self, key: Key, value: Any) -> None:
-        with self.together():
+        with self:
             self._values[key] = value
 
     def drop(self, key: Key) -> None:
-        with self.together():
+        with self:
             self._values.pop(key, None)
 
-    @contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self) -> Self:
+        return self
+
+    def __enter__(self) -> None:
         if not self._together:
             self._machine.between()
         self._together += 1
-        try:
-            yield
-        finally:
-            self._together -= 1
-        if not self._together:
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._together -= 1
+        if kind is None and not self._together:
             self._machine.between()
 
     def all(self) -> dict[Key, Any]:
