@@ -24,7 +24,7 @@ import msgspec
 from hwpoison.core.records import Failure, Notice, Report
 from hwpoison.errors import PoisonError, Range, UnsupportedError
 
-VERSION = 2
+VERSION = 3
 MESSAGE_LIMIT = 192 << 10
 """Most bytes of a message; the default send buffer of a socket is a little larger."""
 DATA_LIMIT = 128 << 10
@@ -65,6 +65,16 @@ class Listen(Message):
     """
 
     after: int = 0
+
+
+class Invite(Message):
+    """The client is about to fork. Descriptor: one end of a socket pair, for the child, which says `Join` on it. What the
+    client has mapped stays until it is closed. Reply, on that: `Added`.
+    """
+
+
+class Join(Message):
+    """On the socket of `Invite`. Descriptor: one end of a socket pair, the first channel of another client. No reply."""
 
 
 class CountLosses(Message):
@@ -380,8 +390,8 @@ class Elsewhere(Message):
 
 
 Request = (
-    Hello | AddChannel | Listen | CountLosses | Allocate | Open | Attach | Map | Unmap | Write | Prefetch | Repair | Discard
-    | Lost | Met | Flush | ReportPage | ListObjects | GetStatistics | SyncLog | Restart | Goodbye
+    Hello | AddChannel | Listen | Invite | Join | CountLosses | Allocate | Open | Attach | Map | Unmap | Write | Prefetch
+    | Repair | Discard | Lost | Met | Flush | ReportPage | ListObjects | GetStatistics | SyncLog | Restart | Goodbye
 )  # fmt: skip
 Reply = (
     Done | Added | Welcome | Found | Mapped | Flushed | Losses | Count | Ranges | Handled | ObjectList | StatisticsReply

@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -42,6 +43,7 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             cwd=directory,
+            process_group=0,
             **other,
         )
         self.pid = self._process.pid
@@ -97,6 +99,9 @@ class Child:
     def __exit__(self, *_: object) -> None:
         if self._process.poll() is None:
             self._process.kill()
+        with suppress(ProcessLookupError):
+            # What it has forked: it may hang, and has our pipes.
+            os.killpg(self.pid, signal.SIGKILL)
         self.wait()
         for stream in (self._process.stdin, self._process.stdout):
             assert stream is not None

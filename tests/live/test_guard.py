@@ -163,7 +163,7 @@ def test_a_page_that_is_repaired_during_a_guard_is_right_after_its_check(
         assert bytes(safe.buffer) == known(PAGES * PAGE)
 
 
-def test_a_child_that_is_forked_within_a_guard_neither_ends_it_nor_takes_its_zeros_for_content() -> None:
+def test_a_child_that_is_forked_within_a_guard_does_not_end_it_and_does_not_take_its_zeros_for_content() -> None:
     code = """
 with hwpoison.Manager() as manager:
     memory = manager.allocate(4 * 4096, "t")
@@ -177,7 +177,7 @@ with hwpoison.Manager() as manager:
         if not child:
             try:
                 guard.__exit__(None, None, None)
-            except ConnectionError:
+            except hwpoison.PoisonError:
                 os._exit(3)
             os._exit(0)
         say([seen, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import hwpoison
+from hwpoison.app import mapping
 from hwpoison.app.connection import Connection
 from hwpoison.app.manager import BaseManager
 from hwpoison.app.memory import Memory
@@ -112,7 +113,7 @@ def test_an_attachment_that_is_interrupted_anywhere_leaves_no_mapping(manager: h
         one.__code__
         for one in (
             Connection.ask, Connection._answer, Connection._exchange, Connection.watch_mapping, BaseManager._mapped,
-            Memory.__init__, Memory._register,
+            Memory.__init__, mapping.map_object, mapping.register, mapping._tell,
         )
     ]  # fmt: skip
 

@@ -18,7 +18,7 @@ import hwpoison
 from hwpoison import Outcome, State, events
 from hwpoison.linux.syscalls import PAGE_SIZE
 from tests.live.conftest import known
-from tests.live.process import Child, asleep_in_a_fault, keeper_of, kill_service, manager_of
+from tests.live.process import Child, asleep_in_a_fault, keeper_of, kill_service, manager_of, state_of
 from tests.live.slow_files import SlowFile
 from tests.support import SECONDS_MAX, wait_until
 
@@ -293,6 +293,20 @@ def test_a_keeper_that_dies_is_replaced_and_the_next_one_keeps_everything(root: 
     assert manager.statistics().quarantined == PAGE
     assert [(one.offset, one.nbytes) for one in table.lost()] == [(0, PAGE)]
     assert manager.pid != served
+
+
+def test_a_keeper_that_was_stopped_is_continued_before_it_misses_anything(manager: hwpoison.Manager) -> None:
+    keeper = keeper_of(manager.pid)
+    stop(keeper)
+    memories = []
+    # Until its socket is full: then it is continued, which has the manager wait for a second.
+    while state_of(keeper) == "T":
+        memories.append(manager.allocate(PAGE, name=f"table {len(memories)}"))
+        memories[-1].write(0, page("t"))
+        assert len(memories) < 5_000
+    assert len(memories) > 10
+    kill(manager)
+    assert all(one.read(0, PAGE) == page("t") for one in memories)
 
 
 def commands() -> list[str]:

@@ -18,9 +18,14 @@ from itertools import count
 from typing import TypeVar
 
 from hwpoison import protocol
+from hwpoison.app.mapping import Watch
 from hwpoison.linux.lifeline import Lifeline
 from hwpoison.linux.userfaultfd import NEEDED, NO_FEATURE, Feature, Opened, open_userfaultfd
 
+all_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+"""Of this process."""
+
+JOIN_ATTEMPTS = 3
 REFUSALS_MAX = 3
 """So often one manager may close the channel of a request before that counts as its answer."""
 REFUSAL_SECONDS = 0.02
@@ -40,6 +45,10 @@ class Descriptor:
         self.kept = kept
         self._owner = os.getpid()
 
+    def inherited(self) -> None:
+        """In a forked child, which has a copy."""
+        self._owner = os.getpid()
+
     def __del__(self, close: Callable[[int], None] = os.close, getpid: Callable[[], int] = os.getpid) -> None:
         # A forked child may have closed it, and have something else by that number.
         if not self.kept and getpid() == self._owner:
@@ -53,7 +62,7 @@ class NoWelcomeError(ConnectionError):
 class Channel:
     """A socket for requests; another one when the manager has died."""
 
-    __slots__ = ("socket",)
+    __slots__ = ("__weakref__", "socket")
 
     def __init__(self, socket_: socket.socket) -> None:
         self.socket = socket_
@@ -62,18 +71,12 @@ class Channel:
         self.socket.close()
 
 
-class Watch(weakref.ref[mmap.mmap]):
-    """Sees the end of a mapping. What is done then must be one call into C, which no signal handler can interrupt."""
-
-    __slots__ = ("name", "number")
-    __hash__ = object.__hash__
-    __eq__ = object.__eq__
-
-    number: int
-    name: str
-
-
 _nothing_mapped = mmap.mmap(-1, 1)
+
+
+def _there(watch: Watch) -> bool:
+    mapping = watch()
+    return mapping is not None and not mapping.closed
 
 
 class Connection:
@@ -87,6 +90,8 @@ class Connection:
     ) -> None:
         self.owner = os.getpid()
         self.socket_name = socket_name
+        self.maps = maps
+        self._without = without
         self.userfaultfd: Opened | None = None
         self.words: memoryview | None = None
         self.descriptor: Descriptor | None = None
@@ -97,13 +102,25 @@ class Connection:
         """How many managers there were, as far as is known here."""
         self._lifeline: Lifeline | None = None
         self._idle: deque[Channel] = deque()
+        self._channels: weakref.WeakSet[Channel] = weakref.WeakSet()
+        """Those too that are not idle."""
         self._watched: dict[int, Watch] = {}
         self._unmapped: deque[Watch] = deque()
         self.closed = False
+        self.lost = ""
+        """In a forked child, why it has no connection."""
+        self.on_fork: list[Callable[[], None]] = []
+        """What is done in a forked child when this is there again."""
+        self.welcome, self.pid = self._begin()
+        all_connections.add(self)
+
+    def _begin(self) -> tuple[protocol.Welcome, int]:
+        """Say hello on the first channel; what the manager says, and its process as far as is known."""
+        channel, socket_name = self._control, self.socket_name
         fds: list[int] = []
         try:
-            if maps:
-                self.userfaultfd = open_userfaultfd((NEEDED | Feature.POISON) & ~without)
+            if self.maps:
+                self.userfaultfd = open_userfaultfd((NEEDED | Feature.POISON) & ~self._without)
                 # Kept until `close`: mappings may outlive all objects of ours, and need it if the manager is killed.
                 self.descriptor = Descriptor(self.userfaultfd.fd, kept=True)
                 self._lifeline = Lifeline()
@@ -122,12 +139,66 @@ class Connection:
             if isinstance(error, (EOFError, ConnectionResetError, BrokenPipeError)):
                 raise NoWelcomeError(f"no manager answers at {socket_name}: {error}") from error
             raise
-        self.welcome = reply
-        self.pid = reply.pid
-        """The manager's process, as far as is known here."""
         if board:
             self.words = memoryview(mmap.mmap(board[0], 0)).cast("Q")
             os.close(board[0])
+        return reply, reply.pid
+
+    # --- in a forked child
+
+    def invite(self) -> socket.socket:
+        """For a child that is about to be forked: it holds what is mapped here until the child has closed it."""
+        return self.new_channel(protocol.Invite())
+
+    def begin_again(self, invitation: socket.socket | None) -> None:
+        """In a forked child: a connection of its own. All numbers of mappings stay what they are.
+
+        Raises OSError. The parent's descriptors are closed in any case.
+        """
+        # A copy that stays open would keep from the manager that the parent has closed one.
+        inherited = [self._control, *(one.socket for one in list(self._channels))]
+        if self._lifeline is not None:
+            self._lifeline.forget()
+        if self.descriptor is not None:
+            os.close(self.descriptor.number)
+            self.descriptor = None
+        self._idle.clear()
+        self._unmapped.clear()
+        self.words = None
+        self.lost = "the way to it could not be made anew"
+        try:
+            self.welcome, self.pid = self._joined(invitation)
+        finally:
+            for one in inherited:
+                one.close()
+        self._watched = {number: watch for number, watch in self._watched.items() if _there(watch)}
+        self.owner = os.getpid()
+        self._arm()
+
+    def begun_again(self) -> None:
+        """Everything else of this process is there too."""
+        for function in self.on_fork:
+            function()
+
+    def _joined(self, invitation: socket.socket | None) -> tuple[protocol.Welcome, int]:
+        """As `_begin`, as another client. The manager can die meanwhile, and the invitation with it; the next one gives
+        another."""
+        inherited = self._control
+        for attempts_left in reversed(range(JOIN_ATTEMPTS)):
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self._control = inherited
+            try:
+                with theirs:
+                    invitation = invitation or self.invite()
+                    protocol.send(invitation, protocol.Join(), [theirs.fileno()])
+                self._control = ours
+                return self._begin()
+            except ConnectionError:
+                ours.close()
+                if not attempts_left:
+                    raise
+                invitation = None
+        raise AssertionError("the last attempt has raised")
 
     @property
     def user_mode(self) -> bool:
@@ -140,8 +211,8 @@ class Connection:
             raise ConnectionError("the manager was closed; open a new one with Manager() or connect()")
         if os.getpid() != self.owner:
             raise ConnectionError(
-                "this manager was opened by the parent process: in a forked child connect() again and attach(), or start "
-                "workers with the 'spawn' method"
+                f"this manager was opened by the parent process, and {self.lost or 'C code has forked this one'}: connect() "
+                "again and attach()"
             )
 
     def request(self, message: protocol.Message, kind: type[Reply]) -> Reply:
@@ -177,7 +248,9 @@ class Connection:
         self.check()
         with suppress(IndexError):
             return self._idle.popleft()
-        return Channel(self.new_channel(protocol.AddChannel()))
+        channel = Channel(self.new_channel(protocol.AddChannel()))
+        self._channels.add(channel)
+        return channel
 
     def give_back(self, channel: Channel) -> None:
         """All its requests have got their replies."""
@@ -227,7 +300,7 @@ class Connection:
             # It has closed the channel without reading this; what it said before can be read now.
             return protocol.receive_reply(channel)
 
-    def new_channel(self, message: protocol.AddChannel | protocol.Listen) -> socket.socket:
+    def new_channel(self, message: protocol.AddChannel | protocol.Listen | protocol.Invite) -> socket.socket:
         """A new socket pair, of which the manager has the other end. Asked for on the first channel, which is for that, and
         which outlives the manager.
 
@@ -274,15 +347,12 @@ class Connection:
         mappings = [(watch.name, watch()) for watch in list(self._watched.values())]
         return [name for name, mapping in mappings if mapping is not None and not mapping.closed]
 
-    def watch_mapping(self, mapping: mmap.mmap, name: str, number: int | None = None) -> int:
-        """A number for `mapping`, which is about to be made known: `number`, if it has one. When it is gone, the manager is
-        told with the next request."""
+    def watch_mapping(self, mapping: mmap.mmap, name: str, number: int) -> None:
+        """`mapping` is about to be made known by that number. When it is gone, the manager is told with the next request."""
         watch = Watch(mapping, self._unmapped.append)
-        watch.number = self.new_number() if number is None else number
-        watch.name = name
-        self._watched[watch.number] = watch
+        watch.number, watch.name = number, name
+        self._watched[number] = watch
         self._arm()
-        return watch.number
 
     def _arm(self) -> None:
         """While something is mapped, the end of whoever could serve it is this process's."""

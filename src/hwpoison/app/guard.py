@@ -51,16 +51,18 @@ class SafeView:
 
     def check(self) -> None:
         """Raise PoisonError for what was met since the guard began or this last raised; then it can be met again."""
-        if self._view.unseen(self._mark.seen):
-            met, count = self._view.settle(self._mark.seen)
+        mark = self._mark
+        if mark.inherited or self._view.unseen(mark.seen):
+            met, count = self._view.settle(mark.seen)
+            met = [*mark.inherited, *met]
             if met:
                 try:
                     raise PoisonError(met)
                 except PoisonError:
                     # Now even what a signal handler raises has the PoisonError as its context.
-                    self._mark.seen = count
+                    mark.seen, mark.inherited = count, []
                     raise
-            self._mark.seen = count
+            mark.seen = count
 
 
 class guard:  # noqa: N801  (used as a function)

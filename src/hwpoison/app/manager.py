@@ -21,6 +21,10 @@ from typing import Literal, Self
 
 from hwpoison import events as event_log
 from hwpoison import protocol
+from hwpoison.app import (
+    fork,  # noqa: F401  (from now on a forked child has everything again)
+    guard,  # noqa: F401  (a thread that imports holds a lock that would stay locked in a child which another thread forks)
+)
 from hwpoison.app.checking import not_negative, text, true_or_false, whole
 from hwpoison.app.connection import Channel, Connection, Descriptor, NoWelcomeError
 from hwpoison.app.memory import Memory
@@ -340,6 +344,7 @@ class Manager(BaseManager):
                     raise
         super().__init__(connection)
         connection.socket_name = self.statistics().socket
+        connection.on_fork.append(self._not_this_ones_child)
 
     def _start(self, arguments: list[str], without: Feature) -> Connection:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -381,6 +386,10 @@ class Manager(BaseManager):
                 self._reaper().join(10 if alone else 0)
             else:
                 self._reaper()
+
+    def _not_this_ones_child(self) -> None:
+        # In a forked child. There is nothing to wait for.
+        self._process.returncode = 0
 
     def _reaper(self) -> threading.Thread:
         """Whoever ends last, the process is waited for."""

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import threading
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,12 +15,13 @@ import numpy.typing
 
 from hwpoison import protocol
 from hwpoison.app.checking import as_bytes, whole
-from hwpoison.app.connection import Channel, Descriptor, Reply, Watch
+from hwpoison.app.connection import Channel, Descriptor, Reply
+from hwpoison.app.mapping import map_object, register
 from hwpoison.app.view import GuardedView, Visit, array_over, memory_of
 from hwpoison.core.machine import Content
 from hwpoison.core.records import Notice
 from hwpoison.errors import PoisonError, Range
-from hwpoison.linux import syscalls, userfaultfd
+from hwpoison.linux import syscalls
 from hwpoison.linux.syscalls import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -30,30 +29,13 @@ if TYPE_CHECKING:
     from hwpoison.app.notices import Handle
 
 
-_mapped: dict[Watch, tuple[int, int]] = {}
-"""Address and size of every mapping of this process."""
-
-
 _memories: weakref.WeakValueDictionary[int, Memory] = weakref.WeakValueDictionary()
 
 
 def all_memories() -> list[Memory]:
-    """Those that are open in this process."""
+    """Those that are open."""
     found = [reference() for reference in _memories.valuerefs()]
     return [one for one in found if one is not None and not one.closed and one._connection.owner == os.getpid()]
-
-
-def _fence_in_child() -> None:
-    """A forked child has none of the mappings. Nothing else may come to their addresses: views of them would show it."""
-    for watch, (address, nbytes) in _mapped.items():
-        mapping = watch()
-        if mapping is None or mapping.closed:
-            continue  # There is something else by now.
-        with suppress(OSError):
-            syscalls.fence(address, nbytes)
-
-
-os.register_at_fork(after_in_child=_fence_in_child)
 
 
 class Memory:
@@ -65,8 +47,7 @@ class Memory:
     The object lives as long as a process has it open. With the last one it is gone: anonymous memory is freed, changes to
     a file are written back. They are written at `flush` and `close` too, and at any time under a memory limit, in no
     particular order. A memory that nobody refers to any more is unmapped, unless it has views; the manager learns of it with
-    the next request, and what `flush` would raise is not heard. In a forked child an ordinary view is a SIGSEGV, and all
-    else a ConnectionError.
+    the next request, and what `flush` would raise is not heard. A forked child has it too, at the same address.
     """
 
     def __init__(
@@ -83,10 +64,12 @@ class Memory:
         self.nbytes = found.nbytes
         self.kind = found.kind
         self.writable = found.writable
-        self._mapping = self._map(guarded=False)
+        self._connection.check()
+        self._mapping = map_object(descriptor.number, found, guarded=False)
         self.address = syscalls.address_of(self._mapping)
-        self._number, mapped = self._register(self._mapping, guarded=False, channel=channel, number=number)
-        self._errors = mapped.errors
+        self._mapped = register(self._connection, self._mapping, found, guarded=False, channel=channel, number=number)
+        self._number = self._mapped.number
+        self._errors = self._mapped.errors
         """How many errors of the object had happened when this handle was last told of them."""
         self._guarded: GuardedView | None = None
         # Not for more than to make a view, to begin to use it, or to unmap: a signal handler may do that too.
@@ -96,46 +79,23 @@ class Memory:
         """What `close` has to do after it has unmapped, for the one who takes it from here."""
         _memories[id(self)] = self
 
-    # --- mapping
+    # --- in a forked child
 
-    def _map(self, *, guarded: bool) -> mmap.mmap:
-        # In a forked child the userfaultfd is still the parent's.
-        self._connection.check()
-        private = guarded or not self.writable
-        flags = mmap.MAP_PRIVATE if private else mmap.MAP_SHARED
-        protection = mmap.PROT_READ if private else mmap.PROT_READ | mmap.PROT_WRITE
-        nbytes = -(-self.nbytes // PAGE_SIZE) * PAGE_SIZE
-        mapping = mmap.mmap(self.descriptor().number, nbytes, flags, protection)
-        # A child would see absent pages as zeros, for everybody: it gets no mapping.
-        mapping.madvise(mmap.MADV_DONTFORK)
-        # A page within a large frame can't be isolated alone.
-        try:
-            mapping.madvise(syscalls.MADV_NOHUGEPAGE)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-        return mapping
+    def about_to_fork(self) -> None:
+        """What guards have met is known to the child too. Raises OSError."""
+        if self._guarded is not None:
+            self._guarded.about_to_fork()
 
-    def _register(
-        self, mapping: mmap.mmap, *, guarded: bool, channel: Channel | None = None, number: int | None = None
-    ) -> tuple[int, protocol.Mapped]:
-        """Register it, and only then let the manager, and then anybody, know of it. Its number, and the reply."""
-        opened = self._connection.descriptor
-        if opened is None:
-            raise ValueError(f"memory {self.name!r} is closed")
-        address = syscalls.address_of(mapping)
-        protect = self._found.protect and not guarded
-        mode = userfaultfd.MODE_MISSING | (userfaultfd.MODE_WRITE_PROTECT if protect else 0)
-        userfaultfd.register(opened.number, address, len(mapping), mode)
-        if protect:
-            userfaultfd.protect(opened.number, address, len(mapping), on=True)
-        _mapped[Watch(mapping, _mapped.pop)] = address, len(mapping)
-        # Before it is known: if this is interrupted, the manager may know it and we may not.
-        number = self._connection.watch_mapping(mapping, self.name, number)
-        request = protocol.Map(self._found.object, address, number, guarded)
-        if channel is None:
-            return number, self._ask(request, protocol.Mapped)
-        return number, self._connection.ask(channel, request, protocol.Mapped)[0]
+    def begin_again(self) -> None:
+        """The mappings are there again, as another client's."""
+        self._lock = threading.RLock()
+        self._errors = self._mapped.errors
+        if self._descriptor is not None:
+            self._descriptor.inherited()
+        if self._guarded is not None:
+            self._guarded.begin_again()
+
+    # --- the guarded view
 
     def guarded_view(self) -> GuardedView:
         """The second view of this memory, made at its first use and kept."""
@@ -147,9 +107,9 @@ class Memory:
             if view is None:
                 # What is gone must be known before something else can come to its address.
                 self._connection.tell_unmapped()
-                mapping = self._map(guarded=True)
-                number, mapped = self._register(mapping, guarded=True)
-                view = GuardedView(self._connection, mapping, number, mapped.slot, self.name, self.nbytes)
+                mapping = map_object(self.descriptor().number, self._found, guarded=True)
+                mapped = register(self._connection, mapping, self._found, guarded=True)
+                view = GuardedView(self._connection, mapping, mapped, self.name, self.nbytes)
             # What makes a view waits for the manager: a signal handler may have closed all meanwhile.
             self._check_open()
             self._guarded = view

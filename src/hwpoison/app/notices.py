@@ -51,6 +51,18 @@ class Notices:
         self._lock = threading.RLock()
         self._functions: list[Entry] = []
         self._channel: socket.socket | None = None
+        connection.on_fork.append(self.begin_again)
+
+    def begin_again(self) -> None:
+        """In a forked child: the thread is the parent's. The functions are called here too, for losses of this process."""
+        self._lock = threading.RLock()
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.close()
+        for entry in self._functions:
+            entry.since = 0
+        if self._functions:
+            self._start()
 
     def add(self, memory: Memory, function: Callable[[Notice], object]) -> Handle:
         """Call `function` for each loss of `memory` from now on. Raises ConnectionError where nobody would ever call it."""

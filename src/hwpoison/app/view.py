@@ -15,7 +15,7 @@ from __future__ import annotations
 import mmap
 import os
 import weakref
-from _thread import allocate_lock
+from _thread import allocate_lock, get_ident
 from heapq import heappushpop
 from operator import setitem
 from typing import Any, Literal
@@ -26,6 +26,7 @@ import numpy.typing
 from hwpoison import protocol
 from hwpoison.app.checking import shape_of, whole
 from hwpoison.app.connection import Connection
+from hwpoison.app.mapping import Mapped
 from hwpoison.errors import Range
 from hwpoison.linux import syscalls
 from hwpoison.linux.syscalls import PAGE_SIZE
@@ -34,15 +35,20 @@ from hwpoison.linux.syscalls import PAGE_SIZE
 class Mark:
     """How far one guard has looked: it has `seen` that many of the losses that the view has met.
 
-    `tells`: what it has not told when it is interrupted, the next one must; then it is `owed`.
+    `tells`: what it has not told when it is interrupted, the next one must; then it is `owed`. `inherited`: what it had met,
+    and not told, when this process was forked; `before`: that, for a child that may be forked now, when `count` were met.
     """
 
-    __slots__ = ("owed", "seen", "tells")
+    __slots__ = ("before", "count", "inherited", "owed", "seen", "tells", "thread")
 
     def __init__(self, seen: int, tells: bool) -> None:
         self.seen = seen
         self.tells = tells
         self.owed = False
+        self.thread = get_ident()
+        self.inherited: list[Range] = []
+        self.before: list[Range] = []
+        self.count = 0
 
 
 class Entry(weakref.ref["Visit"]):
@@ -72,7 +78,9 @@ class Visit:
         if self._entry is None:
             return []
         self._view.shut(self._entry)
-        met = self._view.settle(self.mark.seen)[0] if self._view.unseen(self.mark.seen) else []
+        met = list(self.mark.inherited)
+        if self._view.unseen(self.mark.seen):
+            met += self._view.settle(self.mark.seen)[0]
         if not met:
             self.told()
         return met
@@ -96,16 +104,17 @@ _store: Any = setitem
 class GuardedView:
     """One memory's guarded view, shared by all guards on it in this process."""
 
-    def __init__(self, connection: Connection, mapping: mmap.mmap, number: int, slot: int, name: str, nbytes: int) -> None:
+    def __init__(self, connection: Connection, mapping: mmap.mmap, mapped: Mapped, name: str, nbytes: int) -> None:
         assert connection.words is not None
         self._connection = connection
         self._mapping = mapping
-        self._number = number
+        self._mapped = mapped
+        self._number = mapped.number
         self._name = name
         self._nbytes = nbytes
         self._words = connection.words
-        self._met_word = 2 * slot
-        self._guards_word = 2 * slot + 1
+        self._met_word = 2 * mapped.slot
+        self._guards_word = 2 * mapped.slot + 1
         self._open: set[Entry] = set()
         self._untold: dict[Entry, Mark] = {}
         """The marks of all that are open, that have still to tell what they met, or that have left that to the next."""
@@ -136,6 +145,7 @@ class GuardedView:
         assert visit._entry is not None
         if owed:
             mark.seen = min(mark.seen, *(one.seen for one in owed.values()))
+            mark.inherited = [lost for one in owed.values() for lost in one.inherited]
         self._untold[visit._entry] = mark
         for entry in owed:
             self._untold.pop(entry, None)
@@ -179,7 +189,7 @@ class GuardedView:
             return
         if self.unseen(self._clean):
             self._mapping.madvise(mmap.MADV_DONTNEED)
-        if mark.tells and self.unseen(mark.seen):
+        if mark.tells and (mark.inherited or self.unseen(mark.seen)):
             mark.owed = True
         else:
             self.forget(entry)
@@ -193,6 +203,32 @@ class GuardedView:
             # A lock that is taken is a memory barrier: the count of losses is loaded only after that was stored.
             allocate_lock().acquire()
 
+    # --- in a forked child
+
+    def about_to_fork(self) -> None:
+        """What the guards that are there have met. Raises OSError."""
+        for mark in list(self._untold.values()):
+            mark.before, mark.count = list(mark.inherited), mark.seen
+            if self.unseen(mark.seen):
+                met, mark.count = self._met_since(mark.seen)
+                mark.before += met
+
+    def begin_again(self) -> None:
+        """The view is there again, with other words. The guards of this thread are open, those of others, which are not
+        here, are not any more; what each has met it has still to tell."""
+        assert self._connection.words is not None
+        for mark in self._untold.values():
+            if self.unseen(mark.count):
+                # Since the look, by other threads: which it was is not known here.
+                mark.before.append(Range(self._name, 0, self._nbytes))
+            mark.inherited, mark.seen = mark.before, 0
+        self._words = self._connection.words
+        self._met_word, self._guards_word = 2 * self._mapped.slot, 2 * self._mapped.slot + 1
+        self._clean_heap = [0]
+        here = get_ident()
+        self._open = {one for one in self._open if one in self._untold and self._untold[one].thread == here}
+        self._publish()
+
     # --- losses
 
     def unseen(self, seen: int) -> bool:
@@ -204,12 +240,16 @@ class GuardedView:
 
         The manager keeps them until every guard whose mark is older has told them.
         """
+        met, count = self._met_since(seen)
+        for one in met:
+            self._mapping.madvise(mmap.MADV_DONTNEED, one.offset, -(-one.nbytes // PAGE_SIZE) * PAGE_SIZE)
+        # A heap of one item keeps the larger one, in one step.
+        heappushpop(self._clean_heap, count)
+        return met, count
+
+    def _met_since(self, seen: int) -> tuple[list[Range], int]:
         forget = min([self._clean, *(mark.seen for mark in list(self._untold.values()))])
         reply = self._connection.request(protocol.Met(self._number, seen, forget), protocol.Ranges)
-        for offset, nbytes in reply.ranges:
-            self._mapping.madvise(mmap.MADV_DONTNEED, offset, -(-nbytes // PAGE_SIZE) * PAGE_SIZE)
-        # A heap of one item keeps the larger one, in one step.
-        heappushpop(self._clean_heap, reply.count)
         return [Range(self._name, *one) for one in reply.ranges], reply.count
 
     def close(self) -> None:

@@ -53,6 +53,11 @@ class Lifeline:
             fd = self._ours.fileno()
             fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_ASYNC | flag)
 
+    def forget(self) -> None:
+        """In a forked child: it is the parent's."""
+        self._ours.close()
+        self._theirs.close()
+
     def close(self) -> None:
         self.disarm()
         self._ours.close()

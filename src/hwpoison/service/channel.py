@@ -203,3 +203,18 @@ class NoticeChannel:
         self._hang_up()
         while self._waiting:
             self._over(self._waiting.popleft().number)
+
+
+def taken_socket(fds: list[int]) -> socket.socket:
+    """The one that a message brings; it is taken out of `fds`. Raises ValueError."""
+    if not fds:
+        raise ValueError("the message needs a socket's descriptor")
+    try:
+        taken = socket.socket(fileno=fds[0])
+    except OSError as error:
+        raise ValueError(f"the descriptor is not a socket: {error.strerror}") from None
+    del fds[0]
+    if taken.family != socket.AF_UNIX or taken.type != socket.SOCK_SEQPACKET:
+        taken.close()
+        raise ValueError("the descriptor is not a SOCK_SEQPACKET socket of AF_UNIX")
+    return taken

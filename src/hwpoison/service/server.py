@@ -9,10 +9,11 @@ import asyncio
 import errno
 import logging
 import os
+import signal
 import socket
 import struct
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 from hwpoison import protocol
 from hwpoison.core.manager import MemoryManager
 from hwpoison.core.mappings import Client
+from hwpoison.core.objects import MemoryObject
 from hwpoison.core.records import Event, Failure, Notice, kernel_line
 from hwpoison.core.takeover import take_over
 from hwpoison.linux.descriptors import Descriptors
@@ -28,6 +30,7 @@ from hwpoison.linux.journal import FORMAT
 from hwpoison.linux.machine import LinuxMachine
 from hwpoison.linux.standard import say
 from hwpoison.service.eventlog import EventLog
+from hwpoison.service.invitation import Invitation
 from hwpoison.service.keeper import Keeper
 from hwpoison.service.session import Left, Session
 
@@ -74,6 +77,7 @@ class Server:
         self._private = private
         self._leave = leave
         self._sessions: set[Session] = set()
+        self._invitations: set[Invitation] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self.stop = asyncio.Event()
         """Nobody new is served any more."""
@@ -90,9 +94,9 @@ class Server:
         self._watch_keeper()
         self._listen()
         if first is not None:
-            self._admit(first)
-        elif self._private and not self._sessions:
-            self.stop.set()
+            self.admit(first)
+        else:
+            self._end_if_alone()
         self._keeper.ready()
         self._keep_up()
         await self.stop.wait()
@@ -139,6 +143,9 @@ class Server:
             session.listen()
         for asked_by in [one for one in self.manager.answers if one[0] not in left.sessions]:
             self.manager.answered(asked_by)
+        for asked_by in [one for one in self.manager.promises if one[0] not in left.sessions]:
+            # Of a fork: the socket by which the child would have come has gone with the last manager.
+            self.manager.promise_over(asked_by)
         for label, fd in inheritance.nobodys().items():
             self.machine.keeping.drop(label)
             self.spawn(self.machine.let_go(fd))
@@ -171,6 +178,11 @@ class Server:
         self._keeper.go_on()
         if self._keeper.behind:
             loop.add_writer(self._keeper.channel, self._keep_up)
+            if stopped(self.keeper):
+                # What it has not taken is lost to a manager after this one. Whoever has stopped it did not mean that.
+                say(f"hwpoison: the keeper, process {self.keeper}, was stopped while much waits for it; it is continued")
+                with suppress(ProcessLookupError):
+                    os.kill(self.keeper, signal.SIGCONT)
         else:
             loop.remove_writer(self._keeper.channel)
 
@@ -229,7 +241,7 @@ class Server:
             with self.descriptors.one_more():
                 self._accept_with(partial(_refuse, error=error))
         else:
-            self._accept_with(self._admit)
+            self._accept_with(self.admit)
 
     def _accept_with(self, welcome: Callable[[socket.socket], None]) -> None:
         assert self._listener is not None
@@ -251,7 +263,8 @@ class Server:
             self._listener.setblocking(False)
             asyncio.get_running_loop().add_reader(self._listener, self._accept)
 
-    def _admit(self, connection: socket.socket) -> None:
+    def admit(self, connection: socket.socket) -> None:
+        """A client, if it may be one."""
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         pid, uid, _ = struct.unpack("3i", credentials)
         if uid not in (os.geteuid(), 0):
@@ -261,12 +274,27 @@ class Server:
         self._sessions.add(session)
         session.listen()
 
+    def invite(self, connection: socket.socket, objects: Iterable[MemoryObject]) -> None:
+        """A client is about to fork: its child will say so at the other end."""
+        try:
+            self._invitations.add(Invitation(self, connection, objects))
+        except OSError:
+            connection.close()  # It has gone.
+
+    def invitation_over(self, invitation: Invitation) -> None:
+        self._invitations.discard(invitation)
+        self._end_if_alone()
+        self.request_answered()
+
+    def _end_if_alone(self) -> None:
+        if self._private and not self._sessions and not self._invitations:
+            self.stop.set()
+
     def session_ended(self, session: Session) -> None:
         self._sessions.discard(session)
         self.keep()
         self.sessions_of = {number: one for number, one in self.sessions_of.items() if one is not session}
-        if self._private and not self._sessions:
-            self.stop.set()
+        self._end_if_alone()
         self.request_answered()
 
     def spawn(self, story: Coroutine[Any, Any, None]) -> None:

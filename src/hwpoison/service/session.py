@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
 import os
 import socket
@@ -14,19 +13,17 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from hwpoison import protocol
-from hwpoison.core import policy, recovery
-from hwpoison.core.journal import AskedBy, of_kind
+from hwpoison.core.journal import of_kind
 from hwpoison.core.machine import Key
-from hwpoison.core.mappings import Client, Mapping
+from hwpoison.core.mappings import Client
 from hwpoison.core.objects import MemoryObject
 from hwpoison.core.pages import DIRTY
 from hwpoison.core.records import Notice
-from hwpoison.core.writeback import UnwrittenError
 from hwpoison.linux import userfaultfd
 from hwpoison.linux.inheritance import BOARD, PROCESS, SPACE, LinuxInheritance
-from hwpoison.linux.space import Board, LinuxSpace, Slot
-from hwpoison.linux.store import LinuxStore
-from hwpoison.service.channel import Channel, NoticeChannel
+from hwpoison.linux.space import Board, LinuxSpace
+from hwpoison.service.channel import Channel, NoticeChannel, taken_socket
+from hwpoison.service.memories import Memories
 
 if TYPE_CHECKING:
     from hwpoison.service.server import Server
@@ -73,13 +70,9 @@ class Session:
         self.pid = pid
         self.number = number
         self.client: Client | None = None
-        self._space: LinuxSpace | None = None
-        self._board: Board | None = None
-        self._slots: dict[int, Slot] = {}
-        self._mappings: dict[int, Mapping] = {}
-        self._about_to_map: dict[Channel, list[AskedBy]] = {}
-        self._unasked = 0
-        self._flush_failed: dict[int, protocol.Failed] = {}
+        self.space: LinuxSpace | None = None
+        self.board: Board | None = None
+        self.memories = Memories(self)
         self._losses = 0
         self._maps = False
         self._welcomed = True
@@ -111,14 +104,9 @@ class Session:
         """The books are made: serve the client."""
         if self._maps:
             self.client = self.server.manager.client(self.number)
-            self._space = inheritance.spaces[self.number]
-            self._board = inheritance.board(self.number)
-            known = {one.number: one for one in (*self.client.mappings, *self.client.vacated)}
-            for handle, mapping_number in left.handles.get(self.number, {}).items():
-                if mapping_number in known:
-                    mapping = self._mappings[handle] = known[mapping_number]
-                    if mapping.hits is not None:
-                        self._slots[handle] = inheritance.slots[self.number, mapping.hits.index]
+            self.space = inheritance.spaces[self.number]
+            self.board = inheritance.board(self.number)
+            self.memories.inherit(inheritance, left.handles.get(self.number, {}))
             self._listen()
         if not self._welcomed:
             # Whether it got the welcome is not known; a second one does no harm.
@@ -141,9 +129,11 @@ class Session:
 
     def replied(self, request: protocol.Request | None) -> None:
         """The reply is sent. It is in the client's socket, whatever becomes of this process."""
-        if isinstance(request, protocol.Flush) and request.mapping in self._mappings:
-            # Only now: what has been told is not told again by the next manager.
-            self.server.manager.journal.mapping(self._mappings[request.mapping])
+        if isinstance(request, protocol.Flush):
+            mapping = self.memories.find(request.mapping)
+            if mapping is not None:
+                # Only now: what has been told is not told again by the next manager.
+                self.server.manager.journal.mapping(mapping)
         elif isinstance(request, protocol.ReportPage) and request.number:
             self.server.manager.answered((self.number, request.number))
         elif isinstance(request, protocol.Hello) and self._control is not None and self.number:
@@ -151,12 +141,12 @@ class Session:
 
     # --- its life
 
-    def _add_channel(self, request: protocol.AddChannel | protocol.Listen, fds: list[int]) -> None:
+    def _add_channel(self, request: protocol.AddChannel | protocol.Listen | protocol.Invite, fds: list[int]) -> None:
         """It is answered on the new channel: a client that stops waiting leaves no answer for the next one to read."""
-        taken = _taken_socket(fds)
+        taken = taken_socket(fds)
         try:
             # One that it asks by it has in any case: what is kept in reserve is for that.
-            if len(self._channels) > 1 or isinstance(request, protocol.Listen):
+            if len(self._channels) > 1 or not isinstance(request, protocol.AddChannel):
                 self.server.descriptors.require()
         except OSError as error:
             with taken, suppress(OSError):
@@ -170,6 +160,9 @@ class Session:
             channel.listen()
             channel.say(added)
             return
+        if isinstance(request, protocol.Invite):
+            self.server.invite(taken, self.memories.objects())
+            return
         if self._notices is None or self._notices.closed:
             self._notices = self._notice_channel()
         self.server.machine.records.put(("listens", self.number), self._losses)
@@ -180,15 +173,11 @@ class Session:
         return NoticeChannel(self.server.manager.stands, lambda number: records.drop(("notice", self.number, number)))
 
     def channel_closed(self, channel: Channel) -> None:
-        """The last channel's end is the client's, unless its memory lives and still has mappings: those are served.
-
-        What was found through it and not mapped will not be: the client was interrupted.
-        """
+        """The last channel's end is the client's, unless its memory lives and still has mappings: those are served."""
         self._channels.discard(channel)
-        for asked_by in self._about_to_map.pop(channel, ()):
-            self.server.manager.promise_over(asked_by)
+        self.memories.channel_closed(channel)
         if not self._channels:
-            if self._mappings:
+            if self.memories:
                 self.server.spawn(self._end_if_gone(LOOK_SECONDS_MIN))
             else:
                 self.end()
@@ -199,8 +188,8 @@ class Session:
         Others can hold that memory for a moment yet (who reads its /proc, for instance), so it is looked again, and ever
         more seldom: the process may as well live and have lost its connections.
         """
-        gone = self._space is None or await self._space.gone()
-        if self._space is None:
+        gone = self.space is None or await self.space.gone()
+        if self.space is None:
             return
         if gone:
             self.end()
@@ -222,25 +211,21 @@ class Session:
                 manager.promise_over(asked_by)
             for asked_by in [one for one in manager.answers if one[0] == self.number]:
                 manager.answered(asked_by)
-            for handle in self._mappings:
-                records.drop(("handle", self.number, handle))
+            self.memories.end()
             records.drop(("listens", self.number))
             records.drop(("session", self.number))
-        self._about_to_map.clear()
-        self._mappings.clear()
         for channel in list(self._channels):
             channel.close()
         if self._notices is not None:
             self._notices.close()
         # What refers to itself would stay, with its memory, until the garbage collector comes.
         self._notices = self._control = None
-        self._slots.clear()
-        if self._space is not None:
-            self._space.close()
-            self._space = None
-        if self._board is not None:
-            self._board.close()
-            self._board = None
+        if self.space is not None:
+            self.space.close()
+            self.space = None
+        if self.board is not None:
+            self.board.close()
+            self.board = None
         if self._lifeline >= 0:
             os.close(self._lifeline)
             self._lifeline = -1
@@ -273,17 +258,19 @@ class Session:
         match request:
             case protocol.Hello():
                 return self._hello(request, fds)
-            case protocol.AddChannel() | protocol.Listen():
+            case protocol.AddChannel() | protocol.Listen() | protocol.Invite():
                 self._add_channel(request, fds)
                 return None, []
+            case protocol.Join():
+                raise ValueError("Join is for the socket of an Invite")
             case protocol.CountLosses():
                 return protocol.Losses(self._losses), []
             case protocol.Allocate() | protocol.Open() | protocol.Attach():
-                return self._found(await self._object(request, fds), channel, request.mapping)
+                return self.memories.found(await self.memories.object(request, fds), channel, request.mapping)
             case protocol.Map():
-                return await self._map(request, channel), []
+                return await self.memories.map(request, channel), []
             case protocol.Unmap():
-                self._unmap(request.mapping)
+                self.memories.unmap(request.mapping)
             case protocol.Goodbye():
                 # The reply goes first; then there is nobody left to reply to.
                 asyncio.get_running_loop().call_soon(self.end)
@@ -302,47 +289,8 @@ class Session:
             case protocol.SyncLog():
                 return protocol.LogPlace(await self.server.sync_log(), self.server.instance), []
             case _:
-                return await self._on_mapping(request), []
+                return await self.memories.ask(request), []
         return protocol.Done(), []
-
-    async def _on_mapping(
-        self,
-        request: protocol.Write | protocol.Prefetch | protocol.Repair | protocol.Discard | protocol.Lost | protocol.Met
-        | protocol.Flush,
-    ) -> protocol.Message:  # fmt: skip
-        manager = self.server.manager
-        mapping = self._mapping(request.mapping)
-        object_ = mapping.object
-        match request:
-            case protocol.Write():
-                await recovery.write(manager, object_, request.offset, request.data)
-            case protocol.Prefetch():
-                await manager.prefetch(mapping, *object_.pages_of(request.offset, request.nbytes))
-            case protocol.Repair():
-                return protocol.Count(await recovery.repair(manager, object_, request.offset, request.data))
-            case protocol.Discard():
-                first, count = object_.pages_of(request.offset, request.nbytes)
-                return protocol.Count(await recovery.discard(manager, object_, first, count))
-            case protocol.Lost():
-                return protocol.Ranges([(one.offset, one.nbytes) for one in object_.lost()])
-            case protocol.Met():
-                return await self._met(mapping, request)
-            case protocol.Flush():
-                return await self._flush(mapping, request)
-        return protocol.Done()
-
-    async def _flush(self, mapping: Mapping, request: protocol.Flush) -> protocol.Message:
-        # A client that was interrupted has not got the last reply, and no error is told before it has arrived.
-        mapping.error_seen = request.errors
-        try:
-            await self.server.manager.flush(mapping)
-        except UnwrittenError as error:
-            return protocol.Flushed(request.errors, protocol.failed(error), unwritten=True)
-        except OSError as error:
-            self._flush_failed[request.mapping] = protocol.failed(error)
-        # Of two flushes at a time, the first one's reply may be the one that nobody has got.
-        new = mapping.error_seen != request.errors
-        return protocol.Flushed(mapping.error_seen, self._flush_failed.get(request.mapping) if new else None)
 
     def _hello(self, request: protocol.Hello, fds: list[int]) -> tuple[protocol.Message, list[int]]:
         if request.version != protocol.VERSION:
@@ -373,210 +321,35 @@ class Session:
 
     def _welcome_reply(self) -> tuple[protocol.Welcome, list[int]]:
         machine = self.server.machine
-        fds = [] if self._board is None else [os.dup(self._board.fd)]
+        fds = [] if self.board is None else [os.dup(self.board.fd)]
         return protocol.Welcome(os.getpid(), machine.page_size, self.server.instance, machine.poison_markers), fds
 
     def _attach(self, fds: list[int]) -> None:
         manager, machine, number = self.server.manager, self.server.machine, self.number
         pidfd = os.pidfd_open(self.pid)
-        self._space = machine.space(fds.pop(0), self.pid, pidfd)
+        self.space = machine.space(fds.pop(0), self.pid, pidfd)
         self._lifeline = fds.pop(0) if fds else -1
-        self._board = Board()
+        self.board = Board()
         self._maps = True
         machine.keeping.keep(
-            (f"{SPACE}:{number}", self._space.fd),
+            (f"{SPACE}:{number}", self.space.fd),
             (f"{PROCESS}:{number}", pidfd),
-            (f"{BOARD}:{number}", self._board.fd),
+            (f"{BOARD}:{number}", self.board.fd),
         )
         if self._lifeline >= 0:
             machine.keeping.keep((f"{LIFELINE}:{number}", self._lifeline))
-        self.client = manager.add_client(self._space, number)
+        self.client = manager.add_client(self.space, number)
         self.server.sessions_of[number] = self
 
     def _listen(self) -> None:
         manager, client = self.server.manager, self.client
         assert client is not None
-        assert self._space is not None
+        assert self.space is not None
 
         def on_fault(fault: userfaultfd.Fault) -> None:
             manager.fault(client, fault.address, fault.thread, write=fault.write, protected=fault.protected)
 
-        self._space.listen(on_fault, self.end)
-
-    async def _object(self, request: protocol.Allocate | protocol.Open | protocol.Attach, fds: list[int]) -> MemoryObject:
-        manager = self.server.manager
-        promised = manager.promises.get((self.number, request.mapping)) if request.mapping else None
-        if promised is not None:
-            # It was made for this very request, by a manager that has died before it could say so.
-            return promised
-        if not isinstance(request, protocol.Attach) and request.name is not None:
-            await manager.settled(request.name)
-        if self.client is None:
-            # Before it is made: an object that nobody can map would stay for ever.
-            raise PermissionError("a client that sent no userfaultfd gets no memory: unregistered mappings read zeros")
-        match request:
-            case protocol.Allocate():
-                return manager.allocate(request.nbytes, request.name)
-            case protocol.Open():
-                return await self._open(request, fds)
-            case protocol.Attach():
-                object_ = manager.find(request.name)
-                if request.object not in (None, object_.number):
-                    raise FileNotFoundError(f"memory {request.name!r} is no more; another object has its name")
-                return object_
-
-    async def _open(self, request: protocol.Open, fds: list[int]) -> MemoryObject:
-        if not fds:
-            raise ValueError("Open needs the file's descriptor")
-        flags = fcntl.fcntl(fds[0], fcntl.F_GETFL)
-        access = flags & os.O_ACCMODE
-        file = await self.server.machine.open_file(fds.pop(0), request.name)
-        try:
-            if flags & os.O_APPEND:
-                raise ValueError(
-                    f"the descriptor of {request.name!r} is open for appending: every write would go to its end"
-                )
-            if access == os.O_WRONLY or (request.writable and access != os.O_RDWR):
-                raise PermissionError(f"the descriptor of {request.name!r} is not open for what the mode asks")
-            manager = self.server.manager
-            await manager.settled(request.name)
-            identity = await manager.version(request.name, file)
-            if self.client is None:
-                raise ConnectionError("the client is gone")
-            return manager.open(request.name, file, identity, request.offset, request.nbytes, writable=request.writable)
-        except Exception:
-            await file.close()
-            raise
-
-    def _found(self, object_: MemoryObject, channel: Channel, mapping: int) -> tuple[protocol.Message, list[int]]:
-        """The object, held until the client has mapped it: who gets the memory has given a userfaultfd."""
-        manager = self.server.manager
-        if not mapping:
-            self._unasked -= 1
-        asked_by = (self.number, mapping or self._unasked)
-        if asked_by not in manager.promises:
-            manager.promise(object_, asked_by)
-        store = object_.store
-        assert isinstance(store, LinuxStore)
-        try:
-            fd = os.dup(store.fd) if object_.writable else store.read_only_fd()
-        except OSError:
-            manager.promise_over(asked_by)
-            raise
-        self._about_to_map.setdefault(channel, []).append(asked_by)
-        reply = protocol.Found(
-            object_.number, object_.name, object_.nbytes, object_.kind, object_.writable, object_.tracks_dirt
-        )
-        return reply, [fd]
-
-    async def _map(self, request: protocol.Map, channel: Channel) -> protocol.Message:
-        manager = self.server.manager
-        promises = self._promises(request, channel)
-        asked_by = promises[0] if promises else None
-        known = next((one.object for one in self._mappings.values() if one.object.number == request.object), None)
-        object_ = manager.promises[asked_by] if asked_by is not None else known
-        if object_ is None or self.client is None or self._board is None:
-            raise ValueError(f"object {request.object} was not allocated, opened or attached by this client")
-        mapping = self._mappings.get(request.mapping)
-        if mapping is not None and (mapping.object, mapping.address) == (object_, request.address):
-            # Asked again.
-            slot = self._slots.get(request.mapping)
-            await self._protect(mapping, request)
-            return protocol.Mapped(slot.index if slot else -1, mapping.error_seen)
-        if mapping is not None:
-            raise ValueError(f"the client has a mapping {request.mapping} already; each needs a number of its own")
-        assert self._space is not None
-        if not self._space.reaches(request.address, object_.pages.count * object_.page_size):
-            raise ValueError(f"{object_.name!r} can't be mapped at {request.address:#x}: no process has such addresses")
-        slot = self._board.slot() if request.guarded else None
-        records = self.server.machine.records
-        try:
-            with records.together():
-                mapping = manager.map(self.client, object_, request.address, slot)
-                records.put(("handle", self.number, request.mapping), mapping.number)
-                if asked_by is not None:
-                    manager.promise_over(asked_by)
-        except Exception:
-            if slot is not None:
-                self._board.free(slot)
-            raise
-        self._mappings[request.mapping] = mapping
-        if slot is not None:
-            self._slots[request.mapping] = slot
-        if asked_by is not None and asked_by in self._about_to_map.get(channel, ()):
-            self._about_to_map[channel].remove(asked_by)
-        await self._protect(mapping, request)
-        return protocol.Mapped(slot.index if slot else -1, mapping.error_seen)
-
-    def _promises(self, request: protocol.Map, channel: Channel) -> list[AskedBy]:
-        """Those of the object that are meant for this mapping, the best first."""
-        promises = self.server.manager.promises
-        asked_by = (self.number, request.mapping)
-        through_channel = [one for one in self._about_to_map.get(channel, ()) if one[1] < 0]
-        return [one for one in (asked_by, *through_channel) if one in promises and promises[one].number == request.object]
-
-    async def _protect(self, mapping: Mapping, request: protocol.Map) -> None:
-        """The client has done it, but a page that was taken away before the mapping was known can have lost its marker."""
-        object_ = mapping.object
-        if not object_.tracks_dirt or mapping.hits is not None or self._space is None:
-            return
-        try:
-            await self._space.protect(request.address, object_.pages.count * object_.page_size)
-        except OSError:
-            if request.mapping in self._mappings:
-                self._unmap(request.mapping)
-            raise
-
-    def _unmap(self, number: int) -> None:
-        if (self.number, number) in self.server.manager.promises:
-            # The client was interrupted before it mapped it.
-            self.server.manager.promise_over((self.number, number))
-            return
-        mapping = self._mapping(number)
-        del self._mappings[number]
-        self._flush_failed.pop(number, None)
-        slot = self._slots.pop(number, None)
-        if slot is not None and self._board is not None:
-            self._board.free(slot)
-        records = self.server.machine.records
-        with records.together():
-            records.drop(("handle", self.number, number))
-            self.server.manager.unmap(mapping)
-
-    def _mapping(self, number: int) -> Mapping:
-        try:
-            return self._mappings[number]
-        except KeyError:
-            raise ValueError(f"this client has no mapping {number}") from None
-
-    async def _met(self, mapping: Mapping, request: protocol.Met) -> protocol.Message:
-        pages, count = await policy.met(mapping, request.since, request.forget)
-        return protocol.Ranges(_joined(mapping.object, pages), count)
-
-
-def _taken_socket(fds: list[int]) -> socket.socket:
-    if not fds:
-        raise ValueError("the message needs a socket's descriptor")
-    try:
-        taken = socket.socket(fileno=fds[0])
-    except OSError as error:
-        raise ValueError(f"the descriptor is not a socket: {error.strerror}") from None
-    del fds[0]
-    if taken.family != socket.AF_UNIX or taken.type != socket.SOCK_SEQPACKET:
-        taken.close()
-        raise ValueError("the descriptor is not a SOCK_SEQPACKET socket of AF_UNIX")
-    return taken
-
-
-def _joined(object_: MemoryObject, pages: list[int]) -> list[tuple[int, int]]:
-    """(offset, nbytes) of pages, neighbours joined, in the order in which they come."""
-    runs: list[list[int]] = []
-    for page in pages:
-        if runs and runs[-1][0] + runs[-1][1] == page:
-            runs[-1][1] += 1
-        else:
-            runs.append([page, 1])
-    return [(object_.range_of(*run).offset, object_.range_of(*run).nbytes) for run in runs]
+        self.space.listen(on_fault, self.end)
 
 
 def _information(object_: MemoryObject) -> protocol.ObjectInfo:

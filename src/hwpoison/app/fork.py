@@ -1,0 +1,116 @@
+"""A forked child has every object again, at the same address, before any other Python code of it runs.
+
+Before the fork the manager is asked to hold what is mapped (`Connection.invite`), as the parent may end at once. In the
+child every address is fenced first, so that nothing else comes there; then each connection begins again, and each mapping is
+made again in place of its fence. What can't be had again stays fenced: an access is a SIGSEGV, never a zero. A fork by C
+code gets no fence, and no mapping.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+from contextlib import suppress
+
+from hwpoison.app.connection import Connection, all_connections
+from hwpoison.app.mapping import Mapped, again, all_mapped, fence
+from hwpoison.app.memory import all_memories
+
+log = logging.getLogger("hwpoison")
+
+
+class _Forking(threading.local):
+    """What the thread that forks has prepared; the child begins with it."""
+
+    def __init__(self) -> None:
+        self.invitations: dict[Connection, socket.socket | None] = {}
+
+
+_forking = _Forking()
+_open: set[socket.socket] = set()
+"""The invitations of all threads that are forking."""
+
+
+def _before() -> None:
+    invitations: dict[Connection, socket.socket | None] = {}
+    _forking.invitations = invitations
+    for connection in list(all_connections):
+        if connection.closed or connection.owner != os.getpid():
+            continue
+        invitations[connection] = None
+        try:
+            invitation = connection.invite()
+        except OSError as error:
+            log.warning("a child that is forked now may not get the memory of %s: %s", connection.socket_name, error)
+        else:
+            invitations[connection] = invitation
+            _open.add(invitation)
+    for memory in all_memories():
+        with suppress(OSError):
+            memory.about_to_fork()
+
+
+def _in_parent() -> None:
+    invitations, _forking.invitations = _forking.invitations, {}
+    for invitation in invitations.values():
+        if invitation is not None:
+            _open.discard(invitation)
+            invitation.close()
+
+
+def _in_child() -> None:
+    # What a signal handler raises here would leave something behind that is not there.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        _begin_again()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin_again() -> None:
+    invitations, _forking.invitations = _forking.invitations, {}
+    for one in _open.difference(invitations.values()):
+        one.close()
+    _open.clear()
+    fenced = [one for one in all_mapped() if _fenced(one)]
+    for connection, invitation in invitations.items():
+        try:
+            connection.begin_again(invitation)
+            _map_again(connection, [one for one in fenced if one.connection is connection])
+        except Exception as error:  # noqa: BLE001  (it would be printed as nobody's, and the others be left out)
+            log.error("the forked child %d has no way to the manager at %s: %s", os.getpid(), connection.socket_name, error)
+        finally:
+            if invitation is not None:
+                invitation.close()
+    for memory in all_memories():
+        memory.begin_again()
+    for connection in invitations:
+        if connection.owner == os.getpid():
+            connection.begun_again()
+
+
+def _fenced(mapped: Mapped) -> bool:
+    try:
+        fence(mapped)
+    except OSError as error:
+        log.error("memory %r is not there in the forked child %d: %s", mapped.found.name, os.getpid(), error)
+        return False
+    return True
+
+
+def _map_again(connection: Connection, mapped: list[Mapped]) -> None:
+    for one in mapped:
+        channel = connection.take_channel()
+        try:
+            again(one, channel)
+        except Exception as error:  # noqa: BLE001  (the others are to be there all the same)
+            channel.close()
+            log.error("memory %r is not there in the forked child %d: %s", one.found.name, os.getpid(), error)
+        else:
+            connection.give_back(channel)
+
+
+os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_in_child)

@@ -1,0 +1,308 @@
+"""After a fork every object is there again, at the same address, before any other Python code of the child runs."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+import hwpoison
+from tests.live.process import Child
+from tests.support import wait_until
+
+pytestmark = pytest.mark.live
+
+BEGIN = """
+def forked(do):
+    child = os.fork()
+    if child:
+        return child
+    try:
+        do()
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+    os._exit(0)
+
+def status(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+PAGE = mmap.PAGESIZE
+"""
+
+
+def test_views_that_were_made_before_show_the_same_memory_at_the_same_address() -> None:
+    code = """
+manager = hwpoison.Manager()
+memory = manager.allocate(64 * PAGE, "table")
+array = memory.array("u4")
+array[:] = numpy.arange(len(array))
+
+def there():
+    assert array.ctypes.data == memory.address
+    assert array.sum() == sum(range(len(array)))
+    array[5] = 77
+    memory.write(PAGE, b"from the child")
+    assert memory.read(0, 4) == bytes(4)
+    more = manager.allocate(PAGE, "more")
+    more.buffer[0] = 1
+
+child = forked(there)
+say([status(child), int(array[5]), bytes(memory.buffer[PAGE:PAGE + 14]).decode()])
+"""
+    with Child(BEGIN + code) as child:
+        assert child.hear() == [0, 77, "from the child"]
+        assert child.wait() == 0, child.errors
+
+
+def test_what_is_absent_is_served_and_changes_of_a_file_are_written(tmp_path: object) -> None:
+    code = """
+path = arguments[0]
+with open(path, "wb") as file:
+    file.write(b"a" * (8 * PAGE))
+manager = hwpoison.Manager()
+memory = manager.open(path, "r+")
+reader = manager.open(path, name="again")
+
+def there():
+    assert bytes(memory.buffer[3 * PAGE:3 * PAGE + 2]) == b"aa"
+    assert bytes(reader.buffer[7 * PAGE:]) == b"a" * PAGE
+    memory.buffer[PAGE] = ord("b")
+    memory.flush()
+
+say(status(forked(there)))
+with open(path, "rb") as file:
+    say(file.read()[PAGE:PAGE + 2].decode())
+"""
+    with Child(BEGIN + code, f"{tmp_path}/file") as child:
+        assert child.hear() == 0
+        assert child.hear() == "ba"
+        assert child.wait() == 0, child.errors
+
+
+def test_a_child_outlives_its_parent_with_everything() -> None:
+    """As a daemon does: the parent ends at once."""
+    code = """
+with hwpoison.Manager() as manager:
+    memory = manager.allocate(8 * PAGE, "table")
+    memory.buffer[:5] = b"hello"
+    pipe = os.pipe()
+    if os.fork():
+        os._exit(0)
+    if os.fork():
+        os._exit(0)
+    say(bytes(memory.buffer[:5]).decode())
+    say([one.name for one in manager.objects()])
+    say(manager.inject(memory, 0).victims == (os.getpid(),))
+    os._exit(0)
+"""
+    with Child(BEGIN + code) as child:
+        assert child.hear() == "hello"
+        assert child.hear() == ["table"]
+        assert child.hear() is True
+
+
+def test_a_loss_is_told_to_parent_and_child() -> None:
+    code = """
+manager = hwpoison.Manager()
+memory = manager.allocate(8 * PAGE, "table")
+memory.buffer[:] = b"x" * (8 * PAGE)
+told = threading.Event()
+heard = []
+
+@memory.on_failure
+def failed(notice):
+    heard.append(notice.offset)
+    if notice.offset == 3 * PAGE:
+        told.set()
+
+manager.inject(memory, PAGE)
+
+def there():
+    say("ready")
+    assert told.wait(10)
+    say(heard[-1] // PAGE)
+    assert [one.offset for one in memory.lost()] == [PAGE, 3 * PAGE]
+
+child = forked(there)
+hear()
+failure = manager.inject(memory, 3 * PAGE)
+assert set(failure.victims) == {os.getpid(), child}
+say(status(child))
+assert told.wait(10)
+say(heard)
+"""
+    with Child(BEGIN + code) as child:
+        assert child.hear() == "ready"
+        child.tell()
+        assert sorted(map(str, (child.hear(), child.hear()))) == ["0", "3"]
+        assert child.hear() == [4096, 3 * 4096]
+        assert child.wait() == 0, child.errors
+
+
+def test_a_guard_that_is_open_at_the_fork_tells_in_both_what_it_had_met() -> None:
+    code = """
+manager = hwpoison.Manager()
+memory = manager.allocate(8 * PAGE, "table")
+memory.buffer[:] = b"x" * (8 * PAGE)
+manager.inject(memory, PAGE)
+
+def ended(guard):
+    try:
+        guard.__exit__(None, None, None)
+    except hwpoison.PoisonError as error:
+        return [one.offset // PAGE for one in error.ranges]
+    return []
+
+def there():
+    if also:
+        assert safe.buffer[3 * PAGE] == 0
+    say(ended(guard))
+    with hwpoison.guard(memory) as healthy:
+        assert healthy.buffer[0] == ord("x")
+
+manager.inject(memory, 3 * PAGE)
+for touch, also in ((False, False), (True, False), (True, True)):
+    guard = hwpoison.guard(memory)
+    safe = guard.__enter__()
+    if touch:
+        assert safe.buffer[PAGE] == 0
+    assert status(forked(there)) == 0
+    say(ended(guard))
+"""
+    with Child(BEGIN + code) as child:
+        assert [child.hear() for _ in range(6)] == [[], [], [1], [1], [1, 3], [1]]
+        assert child.wait() == 0, child.errors
+
+
+def test_multiprocessing_workers_that_are_forked_have_arrays_of_before() -> None:
+    code = """
+import multiprocessing
+manager = hwpoison.Manager()
+table = manager.allocate(64 * PAGE).array("u8")
+table[:] = 3
+
+def add(part):
+    table[part] += 1
+    return int(table[part].sum())
+
+if __name__ == "__main__":
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        say(sum(pool.map(add, [slice(at, at + 512) for at in range(0, len(table), 512)])) == 4 * len(table))
+    say(int(table.sum()) == 4 * len(table))
+"""
+    with Child(BEGIN + code) as child:
+        assert child.hear() is True
+        assert child.hear() is True
+        assert child.wait() == 0, child.errors
+
+
+def test_a_fork_from_a_thread_while_others_use_the_memory() -> None:
+    code = """
+manager = hwpoison.Manager()
+memories = [manager.allocate(64 * PAGE, f"table {n}") for n in range(4)]
+over = threading.Event()
+
+def work(memory):
+    while not over.is_set():
+        memory.write(0, b"abc")
+        with hwpoison.guard(memory) as safe:
+            safe.buffer[0]
+        memory.lost()
+
+threads = [threading.Thread(target=work, args=(memory,)) for memory in memories]
+for thread in threads:
+    thread.start()
+
+def there():
+    for memory in memories:
+        memory.write(PAGE, b"child")
+        with hwpoison.guard(memory) as safe:
+            assert bytes(safe.buffer[PAGE:PAGE + 5]) == b"child"
+        memory.lost()
+
+results = []
+def fork_some():
+    results.extend(status(forked(there)) for _ in range(20))
+
+forkers = [threading.Thread(target=fork_some) for _ in range(2)]
+for one in forkers:
+    one.start()
+for one in forkers:
+    one.join()
+over.set()
+for thread in threads:
+    thread.join()
+say(results)
+say(manager.statistics().clients)
+"""
+    with Child(BEGIN + code) as child:
+        assert child.hear() == [0] * 40
+        assert child.hear() == 1
+        assert child.wait() == 0, child.errors
+
+
+def test_a_fork_by_c_code_gets_sigsegv_and_never_zeros() -> None:
+    code = """
+import ctypes
+manager = hwpoison.Manager()
+memory = manager.allocate(8 * PAGE)
+view = memory.buffer
+view[0] = 1
+with hwpoison.guard(memory) as safe:
+    guarded = safe.buffer
+    guarded[0]
+for touched in (view, guarded):
+    child = ctypes.CDLL(None).fork()
+    if not child:
+        os._exit(touched[0])
+    say(status(child))
+child = ctypes.CDLL(None).fork()
+if not child:
+    try:
+        memory.lost()
+    except ConnectionError as error:
+        os._exit(7 if "C code has forked" in str(error) else 8)
+say(status(child))
+"""
+    with Child(BEGIN + code) as child:
+        assert [child.hear() for _ in range(3)] == [-signal.SIGSEGV, -signal.SIGSEGV, 7]
+        assert child.wait() == 0, child.errors
+
+
+def test_a_fork_while_the_manager_dies() -> None:
+    code = """
+manager = hwpoison.Manager()
+memory = manager.allocate(8 * PAGE, "table")
+memory.buffer[0] = 9
+array = memory.array()
+results = []
+for number in range(20):
+    killer = threading.Timer(number * 0.0003, os.kill, (manager.statistics().pid, signal.SIGKILL))
+    killer.start()
+    results.append(status(forked(lambda: os._exit(array[0]))))
+    killer.join()
+say(results)
+"""
+    with Child(BEGIN + code) as child:
+        assert child.hear() == [9] * 20
+        assert child.wait() == 0, child.errors
+
+
+def test_a_child_that_never_uses_it_holds_nothing_after_its_end(manager: hwpoison.Manager) -> None:
+    code = """
+manager = hwpoison.connect(arguments[0])
+memory = manager.allocate(PAGE, "table")
+memory.buffer[0] = 1
+for _ in range(50):
+    assert status(forked(lambda: None)) == 0
+say()
+hear()
+"""
+    with Child(BEGIN + code, manager.socket) as child:
+        child.hear()
+        wait_until(lambda: manager.statistics().clients == 2, "the children are gone")
+        assert [one.mappings for one in manager.objects()] == [1]
+        child.tell()
+        assert child.wait() == 0, child.errors
+    wait_until(lambda: not manager.objects(), "its object is gone")
