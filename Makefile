@@ -76,7 +76,7 @@ check: setup
 	$(BIN)/python tools/sets.py src/hwpoison/core
 
 explore: setup
-	$(BIN)/hwpoison explore --exhaustive --mode batch --limit 4000
+	$(BIN)/hwpoison explore --exhaustive --mode batch --limit 5000
 	$(BIN)/hwpoison explore --exhaustive --matrix deaths --mode batch
 	$(BIN)/hwpoison explore --exhaustive --matrix two-pages --limit 2500
 
