@@ -18,8 +18,11 @@ The way to memory:
 What fails, and what is said of it:
 
     Failure           the handling of one report: what `inject` and `report` return
-    Notice            what `on_failure` tells an owner of a loss
+    Notice            what `on_failure` and `notices` tell an owner of a loss
+    NoticeStream      what `notices` returns: an iterator, an asynchronous one, fileno, close
     Handle            what `on_failure` returns: cancel
+    Policy            when who wants no notices learns of a loss: early or late
+    set_policy        that of this process
     State, Outcome    what a page was when it failed, and how its handling ended
     PoisonError       bytes that were needed are lost; an OSError, its errno is EHWPOISON
     EHWPOISON         133, the kernel's number for it
@@ -40,8 +43,8 @@ if TYPE_CHECKING:
     from hwpoison.app.guard import SafeView, guard
     from hwpoison.app.manager import BaseManager, Manager, SharedManager, connect
     from hwpoison.app.memory import Memory
-    from hwpoison.app.notices import Handle
-    from hwpoison.core.records import Failure, Notice, Outcome, State
+    from hwpoison.app.notices import Handle, Notice, NoticeStream, set_policy
+    from hwpoison.core.records import Failure, Outcome, Policy, State
     from hwpoison.errors import EHWPOISON, PoisonError, Range, UnsupportedError
     from hwpoison.events import LoggedEvent
     from hwpoison.protocol import ObjectInfo, Statistics
@@ -55,9 +58,11 @@ __all__ = [
     "Manager",
     "Memory",
     "Notice",
+    "NoticeStream",
     "ObjectInfo",
     "Outcome",
     "PoisonError",
+    "Policy",
     "Range",
     "SafeView",
     "SharedManager",
@@ -66,14 +71,15 @@ __all__ = [
     "UnsupportedError",
     "connect",
     "guard",
+    "set_policy",
 ]
 
 _PLACES = {
     "app.guard": ("SafeView", "guard"),
     "app.manager": ("BaseManager", "Manager", "SharedManager", "connect"),
     "app.memory": ("Memory",),
-    "app.notices": ("Handle",),
-    "core.records": ("Failure", "Notice", "Outcome", "State"),
+    "app.notices": ("Handle", "Notice", "NoticeStream", "set_policy"),
+    "core.records": ("Failure", "Outcome", "Policy", "State"),
     "errors": ("EHWPOISON", "PoisonError", "Range", "UnsupportedError"),
     "events": ("LoggedEvent",),
     "protocol": ("ObjectInfo", "Statistics"),

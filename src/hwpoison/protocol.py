@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from hwpoison.core.records import Failure, Notice, Report
+from hwpoison.core.records import Failure, Notice, Policy, Report
 from hwpoison.errors import PoisonError, Range, UnsupportedError
 
 VERSION = 3
@@ -77,8 +77,11 @@ class Join(Message):
     """On the socket of `Invite`. Descriptor: one end of a socket pair, the first channel of another client. No reply."""
 
 
-class CountLosses(Message):
-    """How many losses of its own the client has had, whether it was told or not. Reply: `Losses`."""
+class Standing(Message):
+    """What is lost now of the mapping's object, or for 0 of all that the client maps, and how many losses of its own the
+    client has had, whether it was told or not. Reply: `Losses`."""
+
+    mapping: int
 
 
 class Allocate(Message):
@@ -240,6 +243,7 @@ class Welcome(Message):
     page_size: int
     instance: str
     poison_markers: bool
+    policy: Policy
 
 
 class Found(Message):
@@ -274,9 +278,10 @@ class Flushed(Message):
 
 
 class Losses(Message):
-    """The number of losses."""
+    """The number of losses, and those that stand, without numbers, by object and offset."""
 
     count: int
+    standing: list[Told]
 
 
 class Count(Message):
@@ -390,7 +395,7 @@ class Elsewhere(Message):
 
 
 Request = (
-    Hello | AddChannel | Listen | Invite | Join | CountLosses | Allocate | Open | Attach | Map | Unmap | Write | Prefetch
+    Hello | AddChannel | Listen | Invite | Join | Standing | Allocate | Open | Attach | Map | Unmap | Write | Prefetch
     | Repair | Discard | Lost | Met | Flush | ReportPage | ListObjects | GetStatistics | SyncLog | Restart | Goodbye
 )  # fmt: skip
 Reply = (

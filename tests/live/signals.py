@@ -16,6 +16,7 @@ _WALL = 0x40000000
 SI_QUEUE = -1
 BUS_ADRERR = 2
 BUS_MCEERR_AR = 4
+BUS_MCEERR_AO = 5
 
 
 class SignalInfo(NamedTuple):
@@ -50,6 +51,11 @@ def next_bus_error(pid: int) -> SignalInfo:
     number, code, address, value = struct.unpack_from("i4xi4xPP", information)
     assert number == signal.SIGBUS
     return SignalInfo(code, address, value & 0xFFFF, value)
+
+
+def end_tracing(thread: int) -> None:
+    """A traced thread is about to end: until this process has seen that, its process is not over."""
+    os.waitpid(thread, _WALL)
 
 
 def _ptrace(request: int, pid: int, data: ctypes.Array[ctypes.c_char] | ctypes.c_void_p | None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import queue
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,6 +94,7 @@ def test_a_dirty_file_page_is_lost_to_all_its_owners_and_they_are_told_once_each
     memory = manager.open(path, "r+")
     others = manager.allocate(PAGE, "of somebody else")
     told: queue.SimpleQueue[hwpoison.Notice] = queue.SimpleQueue()
+    started = time.time()
     memory.on_failure(told.put)
     others.on_failure(told.put)
     with reader(manager, memory) as one, reader(manager, memory) as two, reader(manager, others) as stranger:
@@ -107,8 +109,10 @@ def test_a_dirty_file_page_is_lost_to_all_its_owners_and_they_are_told_once_each
             notice = told.get(timeout=SECONDS_MAX)
             assert notice == hwpoison.Notice(
                 event_id=expected.event_id, name=str(path), offset=offset, nbytes=nbytes, state=State.DIRTY_FILE,
-                outcome=Outcome.RECOVERED,
+                outcome=Outcome.RECOVERED, source="application", time=notice.time, memory=notice.memory,
             )  # fmt: skip
+            assert notice.memory in (memory, others)
+            assert started <= notice.time <= time.time()
         for child in (one, two):
             wait_until(lambda child=child: len(child.ask("notices")) >= 2, "both notices")
             assert child.ask("notices") == [[str(path), 3 * PAGE, 100], [str(path), 0, PAGE]]

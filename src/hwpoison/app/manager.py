@@ -28,8 +28,8 @@ from hwpoison.app import (
 from hwpoison.app.checking import not_negative, text, true_or_false, whole
 from hwpoison.app.connection import Channel, Connection, Descriptor, NoWelcomeError
 from hwpoison.app.memory import Memory
-from hwpoison.app.notices import Notices
-from hwpoison.core.records import Failure, Report, Source
+from hwpoison.app.notices import Notices, NoticeStream
+from hwpoison.core.records import Failure, Policy, Report, Source
 from hwpoison.linux.files import checked_file
 from hwpoison.linux.syscalls import PAGE_SIZE
 from hwpoison.linux.userfaultfd import NO_FEATURE, Feature, open_userfaultfd
@@ -55,7 +55,7 @@ class BaseManager:
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
-        self.notices = Notices(connection)
+        self.notice_board = Notices(connection, self._open_memory)
         self._open: weakref.WeakValueDictionary[int, Memory] = weakref.WeakValueDictionary()
         """By their ids. A memory that nobody has any more goes with its mapping, unless that has views."""
         _managers.add(self)
@@ -147,9 +147,12 @@ class BaseManager:
             for fd in memory_fds:
                 os.close(fd)
 
+    def _open_memory(self, number: int) -> Memory | None:
+        return next((one for one in list(self._open.values()) if one.object_number == number), None)
+
     def _forget(self, memory: Memory) -> None:
         """It was closed."""
-        self.notices.forget(memory)
+        self.notice_board.forget(memory)
         self._open.pop(id(memory), None)
 
     # --- failures
@@ -229,6 +232,11 @@ class BaseManager:
     def _report(self, report: Report) -> Failure:
         return self.connection.request(protocol.ReportPage(report, self.connection.new_number()), protocol.Handled).failure
 
+    def notices(self) -> NoticeStream:
+        """As `Memory.notices`, of everything that this process maps of the manager."""
+        self.connection.check()
+        return NoticeStream(self.notice_board, None)
+
     # --- what is and what was
 
     def objects(self) -> list[protocol.ObjectInfo]:
@@ -283,7 +291,7 @@ class BaseManager:
             warnings.warn(f"still in use, kept by their views: {', '.join(kept)}", ResourceWarning, stacklevel=3)
             atexit.register(self.connection.abandon)
         else:
-            self.notices.close()
+            self.notice_board.close()
             self.connection.close()
         if errors:
             first, *others = errors
@@ -317,7 +325,12 @@ class Manager(BaseManager):
     """
 
     def __init__(
-        self, *, memory_limit: int | None = None, offline_foreign: bool = False, without: Feature = NO_FEATURE
+        self,
+        *,
+        memory_limit: int | None = None,
+        offline_foreign: bool = False,
+        policy: Policy | str = Policy.LATE,
+        without: Feature = NO_FEATURE,
     ) -> None:
         if memory_limit is not None and not PAGE_SIZE <= whole("memory_limit", memory_limit) <= MEMORY_LIMIT_MAX:
             raise ValueError(
@@ -327,7 +340,7 @@ class Manager(BaseManager):
             raise PermissionError("offline_foreign needs root: the kernel's hard offline does")
         # Where it can't be had, nothing is started.
         os.close(open_userfaultfd().fd)
-        arguments: list[str] = []
+        arguments = ["--policy", Policy(policy)]
         if memory_limit is not None:
             arguments += ["--memory-limit", str(memory_limit)]
         if offline_foreign:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from hwpoison import protocol
+from hwpoison.core.records import Policy
 from hwpoison.linux import syscalls, userfaultfd
 from hwpoison.linux.syscalls import PAGE_SIZE
 
@@ -36,7 +37,7 @@ class Watch(weakref.ref[mmap.mmap]):
 class Mapped:
     """What must be known of a mapping to make it again. `nbytes` in whole pages."""
 
-    __slots__ = ("address", "connection", "errors", "found", "guarded", "nbytes", "number", "slot")
+    __slots__ = ("address", "connection", "errors", "found", "guarded", "nbytes", "number", "policy", "slot")
 
     def __init__(self, connection: Connection, found: protocol.Found, *, guarded: bool, address: int, nbytes: int) -> None:
         self.connection = connection
@@ -49,6 +50,8 @@ class Mapped:
         """Of a guarded view, on the board."""
         self.errors = 0
         """What the first `Flush` has to say."""
+        self.policy: Policy | None = None
+        """Of its memory, if that has one of its own."""
 
 
 _mapped: dict[Watch, Mapped] = {}

@@ -17,16 +17,16 @@ from hwpoison import protocol
 from hwpoison.app.checking import as_bytes, whole
 from hwpoison.app.connection import Channel, Descriptor, Reply
 from hwpoison.app.mapping import map_object, register
+from hwpoison.app.notices import Handle, Notice, NoticeStream, policy_of
 from hwpoison.app.view import GuardedView, Visit, array_over, memory_of
 from hwpoison.core.machine import Content
-from hwpoison.core.records import Notice
+from hwpoison.core.records import Policy
 from hwpoison.errors import PoisonError, Range
 from hwpoison.linux import syscalls
 from hwpoison.linux.syscalls import PAGE_SIZE
 
 if TYPE_CHECKING:
     from hwpoison.app.manager import BaseManager
-    from hwpoison.app.notices import Handle
 
 
 _memories: weakref.WeakValueDictionary[int, Memory] = weakref.WeakValueDictionary()
@@ -78,6 +78,7 @@ class Memory:
         self._unfinished = [True]
         """What `close` has to do after it has unmapped, for the one who takes it from here."""
         _memories[id(self)] = self
+        self._listen_if_early()
 
     # --- in a forked child
 
@@ -280,20 +281,41 @@ class Memory:
         offset, nbytes = self._checked_range(offset, nbytes)
         return self._ask(protocol.Discard(self._number, offset, nbytes), protocol.Count).nbytes
 
-    def on_failure(self, function: Callable[[Notice], object]) -> Handle:
-        """Call `function` with a `Notice` for each loss from now on, in order, on the thread "hwpoison-notices".
+    def notices(self) -> NoticeStream:
+        """Each loss that stands now, and then each that comes, once, in order: an iterator, an asynchronous iterator, and
+        something with a `fileno()` for any event loop."""
+        self._check_open()
+        return NoticeStream(self._manager.notice_board, self)
 
-        A notice has the `name` of the object, `offset` and `nbytes` of what is lost, the `state` that the page was in and
-        the `outcome`, the `event_id` of the failure in the event log, and a `reason` where there is more to say.
+    def on_failure(self, function: Callable[[Notice], object]) -> Handle:
+        """Call `function` with a `Notice` for each loss that stands now, and then for each that comes, in order, on the
+        thread "hwpoison-notices", and never in a signal handler. Can be used as a decorator.
 
         Each loss is told once, however slow the function is. But where more than 1,000 notices wait for it, those of losses
         that have been repaired or discarded meanwhile may be left out; they are in `events()`. The function's exceptions go
-        to the logger "hwpoison". Returns a handle with `cancel()`. Raises ConnectionError in a forked child.
+        to the logger "hwpoison". Returns a handle with `cancel()`. Raises ConnectionError if there is no manager.
         """
         self._check_open()
         if not callable(function):
             raise TypeError(f"on_failure needs a function, not {type(function).__name__}")
-        return self._manager.notices.add(self, function)
+        board = self._manager.notice_board
+        return Handle(board, board.add(self, function))
+
+    @property
+    def policy(self) -> Policy:
+        """When this process learns of a loss that nobody here wants a notice of: early, by a SIGBUS with BUS_MCEERR_AO, or
+        late, on access. Set it to None for what `set_policy` says, or the manager, which is late if it says nothing."""
+        return policy_of(self._connection, self._mapped.policy)
+
+    @policy.setter
+    def policy(self, policy: Policy | str | None) -> None:
+        self._check_open()
+        self._mapped.policy = None if policy is None else Policy(policy)
+        self._listen_if_early()
+
+    def _listen_if_early(self) -> None:
+        if self.policy is Policy.EARLY:
+            self._manager.notice_board.listen()
 
     # --- its life
 

@@ -17,7 +17,11 @@ from hwpoison.cli.common import SOCKET_VARIABLE, memory_limit_option
 )  # fmt: skip
 @memory_limit_option
 @click.option("--offline-foreign", is_flag=True, help="Hand reports on unmanaged frames to the kernel (root).")
-def serve(socket: str | None, memory_limit: int | None, offline_foreign: bool) -> int:
+@click.option(
+    "--policy", type=click.Choice(["early", "late"]), default="late", show_default=True,
+    help="When processes that want no notices learn of a loss: at once, by SIGBUS, or on access.",
+)  # fmt: skip
+def serve(socket: str | None, memory_limit: int | None, offline_foreign: bool, policy: str) -> int:
     """Run a manager that processes share, until SIGTERM or Ctrl-C.
 
     Programs find it through $HWPOISON_SOCKET or hwpoison.connect(PATH). It serves its own user and root, and writes one
@@ -38,6 +42,7 @@ def serve(socket: str | None, memory_limit: int | None, offline_foreign: bool) -
     folder = Path(socket).absolute().parent
     if not socket.startswith("@") and not folder.is_dir():
         raise click.UsageError(f"there is no folder {folder}: make it, or choose another path for the socket")
+    from hwpoison.core.records import Policy
     from hwpoison.service.daemon import serve as serve_at
 
-    return serve_at(socket, memory_limit=memory_limit, offline_foreign=offline_foreign)
+    return serve_at(socket, memory_limit=memory_limit, offline_foreign=offline_foreign, policy=Policy(policy))

@@ -80,7 +80,8 @@ class Handling:
         return self.place.page
 
     def loss(self, outcome: Outcome) -> Loss:
-        return Loss(self.event_id, self.state, outcome, self.reason)
+        now = self.books.machine.now()
+        return Loss(self.event_id, self.state, outcome, self.reason, self.report.source, now)
 
     def write_down(self, state: str = "", *, isolated: str = "") -> None:
         """For a successor: this is being handled. If the page has a state, it may be isolated from now on; with `isolated`,
@@ -386,7 +387,9 @@ async def _have_back(handling: Handling) -> None:
             await read_in(books, object_, page, 1)
         except UnreadableError as error:
             handling.reason = str(error)
-            handling.victims = await declare_unreadable(books, object_, page, error, handling.event_id)
+            handling.victims = await declare_unreadable(
+                books, object_, page, error, handling.event_id, handling.report.source
+            )
         else:
             for mapping in mappings[:WAKE_AT_ONCE]:
                 mapping.wake(page)

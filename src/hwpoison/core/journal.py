@@ -95,7 +95,8 @@ class Journal:
 
     def loss(self, object_: MemoryObject, page: int, loss: Loss, *, untold: bool, reviving: str = "") -> None:
         """The page is lost; `reviving`: it is about to get other content, by a "repair" or "discard"."""
-        value = [loss.event_id, loss.state.value, loss.outcome.value, loss.reason, untold, reviving]
+        why = [loss.event_id, loss.state.value, loss.outcome.value, loss.reason, loss.source, loss.time]
+        value = [*why, untold, reviving]
         self._put(("loss", object_.number, page), value)
 
     def loss_over(self, object_: MemoryObject, page: int) -> None:

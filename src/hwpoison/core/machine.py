@@ -284,6 +284,9 @@ class Machine(Protocol):
     @property
     def page_size(self) -> int: ...
 
+    def now(self) -> float:
+        """Seconds since the epoch."""
+
     @property
     def large_frame_bytes(self) -> int:
         """The aligned unit of an object that may be one large frame, if all its pages are present."""

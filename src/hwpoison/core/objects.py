@@ -11,7 +11,7 @@ from hwpoison.core.locks import RangeLocks
 from hwpoison.core.machine import File, Identity, Store, Table, Written
 from hwpoison.core.mappings import ReverseMap
 from hwpoison.core.pages import PRESENT, WRITEBACK, Pages
-from hwpoison.core.records import Outcome, State
+from hwpoison.core.records import Outcome, Source, State
 from hwpoison.errors import Range
 
 
@@ -24,12 +24,14 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Why a page is lost, and by which failure."""
+    """Why a page is lost, by which failure, who found it, and when (seconds since the epoch)."""
 
     event_id: str
     state: State
     outcome: Outcome
     reason: str
+    source: str = Source.MANAGER
+    time: float = 0.0
 
 
 @dataclass(slots=True)

@@ -28,15 +28,20 @@ TELL_LIMIT = 16
 def tell_owners(books: Books, object_: MemoryObject, page: int, loss: Loss) -> tuple[int, ...]:
     """Tell each client that maps the page, once, that it is lost; their pids."""
     owners = owners_of(object_, page)
-    name, offset, nbytes = object_.range_of(page)
-    notice = Notice(
-        event_id=loss.event_id, name=name, offset=offset, nbytes=nbytes, state=loss.state, outcome=loss.outcome,
-        reason=loss.reason,
-    )  # fmt: skip
+    notice = notice_of(object_, page, loss)
     for owner in owners.values():
         books.record("victim", object_, page, event_id=loss.event_id, pid=owner.pid)
         books.observer.notice(owner, notice)
     return pids_of(owners)
+
+
+def notice_of(object_: MemoryObject, page: int, loss: Loss) -> Notice:
+    """What is said of a loss."""
+    name, offset, nbytes = object_.range_of(page)
+    return Notice(
+        event_id=loss.event_id, name=name, offset=offset, nbytes=nbytes, state=loss.state, outcome=loss.outcome,
+        source=loss.source, time=loss.time, reason=loss.reason,
+    )  # fmt: skip
 
 
 def owners_of(object_: MemoryObject, page: int) -> dict[int, Client]:

@@ -40,6 +40,17 @@ class Source(StrEnum):
 
     INJECTED = "injected"
     APPLICATION = "application"
+    MANAGER = "manager"
+    """The manager itself: a file can't be read any more, or memory not be isolated."""
+
+
+class Policy(StrEnum):
+    """When a process that wants no notices learns of a loss."""
+
+    EARLY = "early"
+    """At once: a SIGBUS with BUS_MCEERR_AO."""
+    LATE = "late"
+    """On access."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +107,10 @@ class Failure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Notice:
-    """What an owner is told of a loss. `offset` and `nbytes` are bytes of the object `name`."""
+    """What an owner is told of a loss. `offset` and `nbytes` are bytes of the object `name`.
+
+    `source`: who found it. `time`: when it was lost, in seconds since the epoch. `reason`: where there is more to say.
+    """
 
     event_id: str
     name: str
@@ -104,6 +118,8 @@ class Notice:
     nbytes: int
     state: State
     outcome: Outcome
+    source: str
+    time: float
     reason: str = ""
 
 

@@ -13,7 +13,7 @@ from hwpoison.core.mappings import Mapping
 from hwpoison.core.objects import Backing, Loss, MemoryObject
 from hwpoison.core.pages import DIRTY, LOST, POISONED, PRESENT, WRITEBACK
 from hwpoison.core.policy import tell_owners
-from hwpoison.core.records import Outcome, State
+from hwpoison.core.records import Outcome, Source, State
 from hwpoison.core.writeback import write_back_some
 from hwpoison.errors import PoisonError
 
@@ -79,7 +79,8 @@ def drop(books: Books, object_: MemoryObject, first: int, count: int) -> None:
     try:
         books.reclaim.drop(object_, first, count)
     except NotIsolatedError as error:
-        loss = Loss(books.new_event_id(), State.CLEAN_FILE, Outcome.FAILED, str(error.strerror))
+        why = str(error.strerror)
+        loss = Loss(books.new_event_id(), State.CLEAN_FILE, Outcome.FAILED, why, time=books.machine.now())
         lose_block(books, object_, first, loss)
         books.record("error", object_, first, event_id=loss.event_id, detail=loss.reason)
 
@@ -148,10 +149,16 @@ def _whole_pages(content: Content, nbytes: int) -> Content:
 
 
 async def declare_unreadable(
-    books: Books, object_: MemoryObject, page: int, error: UnreadableError, event_id: str | None = None
+    books: Books,
+    object_: MemoryObject,
+    page: int,
+    error: UnreadableError,
+    event_id: str | None = None,
+    source: str = Source.MANAGER,
 ) -> tuple[int, ...]:
     """A locked, absent page can't be had back: it is lost. The pids of its owners."""
-    loss = Loss(event_id or books.new_event_id(), State.CLEAN_FILE, Outcome.RECOVERED, str(error))
+    event_id, now = event_id or books.new_event_id(), books.machine.now()
+    loss = Loss(event_id, State.CLEAN_FILE, Outcome.RECOVERED, str(error), source, now)
     books.record("error", object_, page, event_id=loss.event_id, detail=loss.reason)
     return lose(books, object_, page, loss)
 

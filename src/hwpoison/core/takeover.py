@@ -106,8 +106,8 @@ class _Takeover:
             self._by_number[number] = object_
             books.inherit(object_)
         for (number, page), value in of_kind(self.records, "loss").items():
-            event_id, state, outcome, reason, untold, reviving = value
-            loss = Loss(event_id, State(state), Outcome(outcome), reason)
+            event_id, state, outcome, reason, source, when, untold, reviving = value
+            loss = Loss(event_id, State(state), Outcome(outcome), reason, source, when)
             note_loss(books, self._by_number[number], page, loss, untold=untold)  # type: ignore[index, arg-type]
             if reviving:
                 self._reviving[number, page] = reviving  # type: ignore[index]
@@ -218,7 +218,8 @@ class _Takeover:
             event_id = books.new_event_id()
             for page in given_up:
                 state = State.DIRTY_FILE if object_.backing is not None else State.ANONYMOUS
-                lose(books, object_, page, Loss(event_id, state, Outcome.FAILED, INTERRUPTED))
+                loss = Loss(event_id, state, Outcome.FAILED, INTERRUPTED, time=books.machine.now())
+                lose(books, object_, page, loss)
 
     def _settled(self, object_: MemoryObject, page: int, flags: int, present: bool, given_up: list[int]) -> int:
         place = (object_.number, page)

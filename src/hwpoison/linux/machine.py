@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import mmap
 import os
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -66,6 +67,9 @@ class LinuxMachine:
     @property
     def knows_frames(self) -> bool:
         return self._pagemap is not None
+
+    def now(self) -> float:
+        return time.time()
 
     @property
     def held(self) -> int:

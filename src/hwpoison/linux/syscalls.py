@@ -12,6 +12,7 @@ import os
 import platform
 import signal
 import struct
+import threading
 
 PAGE_SIZE = mmap.PAGESIZE
 
@@ -38,6 +39,7 @@ MAP_FIXED_NOREPLACE = 0x100000
 MAP_NORESERVE = 0x4000
 MADV_NOHUGEPAGE = 15
 SI_QUEUE = -1
+BUS_MCEERR_AO = 5
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 
@@ -146,6 +148,16 @@ def queue_signal(process: int, thread: int, number: signal.Signals, value: int) 
     _checked(int(_libc.syscall(
         ctypes.c_long(_RT_TGSIGQUEUEINFO), ctypes.c_int(process), ctypes.c_int(thread), ctypes.c_int(number), information
     )))  # fmt: skip
+
+
+def signal_action_optional(address: int) -> None:
+    """Send this thread the SIGBUS that the kernel sends early: BUS_MCEERR_AO, with the address of the page and how many low
+    bits of it say nothing. (Such a code can be sent to no other process, and to no other thread of this one.)"""
+    shift = PAGE_SIZE.bit_length() - 1
+    information = struct.pack("iiixxxxPh", signal.SIGBUS, 0, BUS_MCEERR_AO, address, shift).ljust(128, b"\0")
+    process, thread = ctypes.c_int(os.getpid()), ctypes.c_int(threading.get_native_id())
+    number = ctypes.c_int(signal.SIGBUS)
+    _checked(int(_libc.syscall(ctypes.c_long(_RT_TGSIGQUEUEINFO), process, thread, number, information)))
 
 
 def die_with_parent(number: int = signal.SIGKILL) -> None:

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from hwpoison import events, protocol
+from hwpoison.core.records import Policy
 from hwpoison.linux import syscalls
 from hwpoison.linux.journal import FORMAT, JournalError
 from hwpoison.linux.machine import LinuxMachine
@@ -45,6 +46,7 @@ class Options:
     memory_limit: int | None = None
     offline_foreign: bool = False
     without: Feature = NO_FEATURE
+    policy: Policy = Policy.LATE
 
     def arguments(self) -> list[str]:
         """Of this module's command line."""
@@ -57,10 +59,16 @@ class Options:
             given.append("--offline-foreign")
         if self.without:
             given += ["--without", str(self.without.name)]
-        return given
+        return [*given, "--policy", self.policy]
 
 
-def serve(socket_path: str, *, memory_limit: int | None = None, offline_foreign: bool = False) -> int:
+def serve(
+    socket_path: str,
+    *,
+    memory_limit: int | None = None,
+    offline_foreign: bool = False,
+    policy: Policy = Policy.LATE,
+) -> int:
     """Serve at `socket_path` (a path, or @name for an abstract address) until SIGTERM or SIGINT; the exit status.
 
     Whoever maps memory then is served on until it has gone, or until the signal comes again.
@@ -69,7 +77,7 @@ def serve(socket_path: str, *, memory_limit: int | None = None, offline_foreign:
     """
     if not socket_path.startswith("@"):
         socket_path = os.path.abspath(socket_path)
-    options = Options(socket_path, private=False, memory_limit=memory_limit, offline_foreign=offline_foreign)
+    options = Options(socket_path, private=False, memory_limit=memory_limit, offline_foreign=offline_foreign, policy=policy)
     # Said here, to who has called this, and not by the manager.
     os.close(open_userfaultfd().fd)
     return _keep(options, {LISTENER: _listen(socket_path).detach()})
@@ -211,6 +219,7 @@ async def _serve(
         leave=(lambda: None) if private or address.startswith("@") else partial(_unlink, address),
         memory_limit=options.memory_limit,
         offline_foreign=options.offline_foreign,
+        policy=options.policy,
     )
     loop = asyncio.get_running_loop()
     for number in keeper.SIGNALS:
@@ -266,6 +275,7 @@ def main() -> int:
     parser.add_argument("--memory-limit", type=int)
     parser.add_argument("--offline-foreign", action="store_true")
     parser.add_argument("--without", type=Feature.__getitem__, default=NO_FEATURE)
+    parser.add_argument("--policy", type=Policy, default=Policy.LATE)
     given = parser.parse_args()
     logging.basicConfig(format="hwpoison manager: %(message)s")
     if given.reads_journal is not None:
@@ -273,8 +283,9 @@ def main() -> int:
             sys.stderr.write(f"it reads journals of format {FORMAT}, and the manager writes format {given.reads_journal}\n")
         return int(given.reads_journal != FORMAT)
     options = Options(
-        given.address, given.private or given.channel is not None, given.memory_limit, given.offline_foreign, given.without
-    )
+        given.address, given.private or given.channel is not None, given.memory_limit, given.offline_foreign, given.without,
+        given.policy,
+    )  # fmt: skip
     if given.adopt is not None:
         _become_keeper()
         return keeper.adopt(

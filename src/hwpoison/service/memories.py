@@ -44,6 +44,15 @@ class Memories:
         """Those that are mapped."""
         return list(dict.fromkeys(mapping.object for mapping in self._mappings.values()))
 
+    def standing(self, number: int) -> list[protocol.Told]:
+        """What is lost of the object of one mapping, or of all (0)."""
+        objects = [self._mapping(number).object] if number else self.objects()
+        return [
+            protocol.Told(0, one.number, policy.notice_of(one, page, loss))
+            for one in objects
+            for page, loss in sorted(one.losses.items())
+        ]
+
     def inherit(self, inheritance: LinuxInheritance, handles: dict[int, int]) -> None:
         """What it had mapped when another manager served it."""
         client = self.session.client

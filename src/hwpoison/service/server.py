@@ -22,7 +22,7 @@ from hwpoison import protocol
 from hwpoison.core.manager import MemoryManager
 from hwpoison.core.mappings import Client
 from hwpoison.core.objects import MemoryObject
-from hwpoison.core.records import Event, Failure, Notice, kernel_line
+from hwpoison.core.records import Event, Failure, Notice, Policy, kernel_line
 from hwpoison.core.takeover import take_over
 from hwpoison.linux.descriptors import Descriptors
 from hwpoison.linux.inheritance import LinuxInheritance
@@ -59,10 +59,13 @@ class Server:
         leave: Callable[[], None],
         memory_limit: int | None,
         offline_foreign: bool,
+        policy: Policy,
     ) -> None:
         self.machine = machine
         self.instance = instance
         self.address = address
+        self.policy = policy
+        """When clients that have none of their own are told."""
         self.sessions_of: dict[int, Session] = {}
         self.manager = MemoryManager(
             machine, self, instance=instance, life=life, memory_limit=memory_limit, offline_foreign=offline_foreign

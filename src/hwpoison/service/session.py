@@ -263,8 +263,8 @@ class Session:
                 return None, []
             case protocol.Join():
                 raise ValueError("Join is for the socket of an Invite")
-            case protocol.CountLosses():
-                return protocol.Losses(self._losses), []
+            case protocol.Standing():
+                return protocol.Losses(self._losses, self.memories.standing(request.mapping)), []
             case protocol.Allocate() | protocol.Open() | protocol.Attach():
                 return self.memories.found(await self.memories.object(request, fds), channel, request.mapping)
             case protocol.Map():
@@ -322,7 +322,9 @@ class Session:
     def _welcome_reply(self) -> tuple[protocol.Welcome, list[int]]:
         machine = self.server.machine
         fds = [] if self.board is None else [os.dup(self.board.fd)]
-        return protocol.Welcome(os.getpid(), machine.page_size, self.server.instance, machine.poison_markers), fds
+        return protocol.Welcome(
+            os.getpid(), machine.page_size, self.server.instance, machine.poison_markers, self.server.policy
+        ), fds
 
     def _attach(self, fds: list[int]) -> None:
         manager, machine, number = self.server.manager, self.server.machine, self.number

@@ -354,6 +354,10 @@ _KNOWN: dict[type, Callable[[Fingerprint, Any], Any]] = {
     TimedCallback: lambda look, value: ("timer", round(value.when() - look._world.loop.time(), 9), value.cancelled()),
     locks.Held: _held,
     objects.MemoryObject: lambda look, value: ("object", value.number),
+    # Who found it and when makes no difference.
+    objects.Loss: lambda look, value: (
+        "loss", look.canonical(value.event_id), value.state.value, value.outcome.value, value.reason,
+    ),
     objects.Backing: lambda look, value: ("backing", value.place),
     mappings.Mapping: lambda look, value: ("mapping", value.number),
     mappings.Client: lambda look, value: ("client", value.number),

@@ -228,6 +228,9 @@ class SimulatedMachine:
         result: tuple[int, int] | None = await self.slow(f"find frame {number}", None, number, [("done", search)])
         return result
 
+    def now(self) -> float:
+        return 0.0
+
     @property
     def held(self) -> int:
         return self.quarantine.total()
