@@ -94,6 +94,7 @@ class Allocate(Message):
     nbytes: int
     name: str | None = None
     mapping: int = 0
+    persistent: bool = False
 
 
 class Open(Message):
@@ -104,6 +105,12 @@ class Open(Message):
     nbytes: int | None
     writable: bool
     mapping: int = 0
+
+
+class Unlink(Message):
+    """A persistent object ends when nobody has it open any more. Reply: `Done`."""
+
+    name: str
 
 
 class Attach(Message):
@@ -306,14 +313,15 @@ class Handled(Message):
 class ObjectInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What can be said of an object; sizes in bytes.
 
-    `kind` is "anonymous" or "file", `mode` "r" or "r+". Of `nbytes`, `present` are in memory now, `dirty` are newer than the
-    file, `lost` are gone until somebody repairs or discards them. `mappings` counts views, those of guards too; `pids` are
-    the processes that have them.
+    `kind` is "anonymous" or "file", `mode` "r" or "r+"; `persistent`: it stays until it is unlinked. Of `nbytes`, `present`
+    are in memory now, `dirty` are newer than the file, `lost` are gone until somebody repairs or discards them. `mappings`
+    counts views, those of guards too; `pids` are the processes that have them.
     """
 
     name: str
     kind: str
     mode: str
+    persistent: bool
     nbytes: int
     present: int
     dirty: int
@@ -395,8 +403,9 @@ class Elsewhere(Message):
 
 
 Request = (
-    Hello | AddChannel | Listen | Invite | Join | Standing | Allocate | Open | Attach | Map | Unmap | Write | Prefetch
-    | Repair | Discard | Lost | Met | Flush | ReportPage | ListObjects | GetStatistics | SyncLog | Restart | Goodbye
+    Hello | AddChannel | Listen | Invite | Join | Standing | Allocate | Open | Unlink | Attach | Map | Unmap | Write
+    | Prefetch | Repair | Discard | Lost | Met | Flush | ReportPage | ListObjects | GetStatistics | SyncLog | Restart
+    | Goodbye
 )  # fmt: skip
 Reply = (
     Done | Added | Welcome | Found | Mapped | Flushed | Losses | Count | Ranges | Handled | ObjectList | StatisticsReply

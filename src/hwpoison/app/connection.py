@@ -111,6 +111,8 @@ class Connection:
         """In a forked child, why it has no connection."""
         self.on_fork: list[Callable[[], None]] = []
         """What is done in a forked child when this is there again."""
+        self.when_unmapped: Callable[[], None] | None = None
+        """What is done, once the manager was closed, when a mapping is gone."""
         self.welcome, self.pid = self._begin()
         all_connections.add(self)
 
@@ -367,6 +369,15 @@ class Connection:
     def new_number(self) -> int:
         """For a mapping that is to be made, or a report."""
         return next(self._numbers)
+
+    def mapping_gone(self) -> None:
+        """Nobody has it any more, nor a view of it: tell the manager. It would hear of it with the next request too."""
+        if self.closed or os.getpid() != self.owner:
+            return
+        with suppress(OSError):
+            self.tell_unmapped()
+        if self.when_unmapped is not None:
+            self.when_unmapped()
 
     def not_mapped(self, number: int) -> None:
         """The mapping of that number will not be made: the manager is told with the next request."""

@@ -72,9 +72,23 @@ class BaseManager:
 
     # --- memory
 
-    def allocate(self, nbytes: int, name: str | None = None) -> Memory:
-        """Anonymous memory, all zeros. Raises ValueError, FileExistsError (the name), MemoryError (the limit)."""
-        return self._memory(protocol.Allocate(whole("nbytes", nbytes), _checked_name(name)))
+    def allocate(self, nbytes: int, name: str | None = None, *, persistent: bool = False) -> Memory:
+        """Anonymous memory, all zeros. It lives as long as any process has it open; with `persistent`, which needs a name,
+        until `unlink`, or the manager's end (a private one ends with its last process). Raises ValueError, FileExistsError
+        (the name), MemoryError (the limit)."""
+        if true_or_false("persistent", persistent) and name is None:
+            raise ValueError("persistent memory needs a name, by which it can be attached again: pass name=")
+        return self._memory(protocol.Allocate(whole("nbytes", nbytes), _checked_name(name), persistent=persistent))
+
+    def unlink(self, name: str) -> None:
+        """A persistent object ends when nobody has it open any more, or at once. Raises FileNotFoundError."""
+        life = self.connection.life
+        try:
+            self.connection.request(protocol.Unlink(_checked_name(name) or ""), protocol.Done)
+        except FileNotFoundError:
+            # If a manager has died meanwhile, it had done it.
+            if self.connection.life == life:
+                raise
 
     def open(
         self,
@@ -154,6 +168,8 @@ class BaseManager:
         """It was closed."""
         self.notice_board.forget(memory)
         self._open.pop(id(memory), None)
+        if self.connection.when_unmapped is not None:
+            self.connection.when_unmapped()
 
     # --- failures
 
@@ -289,15 +305,26 @@ class BaseManager:
         kept |= dict.fromkeys(self.connection.mapped())
         if kept:
             warnings.warn(f"still in use, kept by their views: {', '.join(kept)}", ResourceWarning, stacklevel=3)
-            atexit.register(self.connection.abandon)
+            if self.connection.when_unmapped is None:
+                atexit.register(self.connection.abandon)
+                self.connection.when_unmapped = self._end_if_unused
         else:
-            self.notice_board.close()
-            self.connection.close()
+            self._say_goodbye()
         if errors:
             first, *others = errors
             for name, other in others:
                 first[1].add_note(f"hwpoison: and of {name!r}: {other}")
             raise first[1]
+
+    def _say_goodbye(self) -> None:
+        self.notice_board.close()
+        self.connection.close()
+
+    def _end_if_unused(self) -> None:
+        """This was closed, and a mapping is gone, or a memory: the last one ends it."""
+        if not self.connection.closed and not self.connection.mapped() and not len(self._open):
+            with suppress(OSError):
+                self._say_goodbye()
 
     def __enter__(self) -> Self:
         return self

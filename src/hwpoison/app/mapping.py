@@ -102,6 +102,8 @@ def register(
     _watch_faults(connection, found, address, len(mapping), guarded=guarded)
     mapped = Mapped(connection, found, guarded=guarded, address=address, nbytes=len(mapping))
     mapped.number = connection.new_number() if number is None else number
+    # Of several, what was made first is called last: then the others know that it is gone.
+    weakref.finalize(mapping, connection.mapping_gone).atexit = False
     _mapped[Watch(mapping, _mapped.pop)] = mapped
     # Before it is known: if this is interrupted, the manager may know it and we may not.
     connection.watch_mapping(mapping, found.name, mapped.number)

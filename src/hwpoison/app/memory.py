@@ -46,8 +46,8 @@ class Memory:
 
     The object lives as long as a process has it open. With the last one it is gone: anonymous memory is freed, changes to
     a file are written back. They are written at `flush` and `close` too, and at any time under a memory limit, in no
-    particular order. A memory that nobody refers to any more is unmapped, unless it has views; the manager learns of it with
-    the next request, and what `flush` would raise is not heard. A forked child has it too, at the same address.
+    particular order. A memory that nobody refers to any more is closed, unless it has views, but what `flush` would raise is
+    not heard. A forked child has it too, at the same address.
     """
 
     def __init__(
@@ -351,8 +351,10 @@ class Memory:
             self._tell(reply)
         finally:
             self._connection.unmapped(self._number)
-            self._manager._forget(self)
-            self._connection.tell_unmapped()
+            try:
+                self._connection.tell_unmapped()
+            finally:
+                self._manager._forget(self)
 
     def _unmap(self) -> None:
         if self._guarded is not None:

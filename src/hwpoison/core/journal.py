@@ -67,7 +67,7 @@ class Journal:
             backing.writing,
             list(backing.place),
         ]
-        self._put(("object", object_.number), [object_.name, object_.nbytes, file])
+        self._put(("object", object_.number), [object_.name, object_.nbytes, file, object_.persistent])
 
     def object_ended(self, object_: MemoryObject) -> None:
         with self.together():

@@ -29,8 +29,9 @@ class MemoryManager(Books):
 
     # --- objects
 
-    def allocate(self, nbytes: int, name: str | None = None) -> MemoryObject:
-        """A new anonymous object, all zeros. Raises ValueError, FileExistsError, MemoryError."""
+    def allocate(self, nbytes: int, name: str | None = None, *, persistent: bool = False) -> MemoryObject:
+        """A new anonymous object, all zeros; `persistent`: it stays until `unlink`. Raises ValueError, FileExistsError,
+        MemoryError."""
         if nbytes <= 0:
             raise ValueError(f"an object has at least 1 byte, not {nbytes}")
         if self.memory_limit is not None:
@@ -41,7 +42,15 @@ class MemoryManager(Books):
                     f"{nbytes} bytes of anonymous memory do not fit: {allocated} of the memory limit of "
                     f"{self.memory_limit} are allocated, and anonymous pages can't be dropped"
                 )
-        return self._create(name, nbytes, None)
+        return self._create(name, nbytes, None, persistent=persistent)
+
+    def unlink(self, name: str) -> None:
+        """A persistent object ends with its last mapping, or now; others do so in any case. Raises FileNotFoundError."""
+        object_ = self.find(name)
+        if object_.persistent:
+            object_.persistent = False
+            self.journal.object(object_)
+            self.release(object_)
 
     async def version(self, name: str, file: File) -> Identity:
         """The version that `file` is in, for an `open` right after this. Not beside an own write, when it says nothing."""
@@ -91,7 +100,7 @@ class MemoryManager(Books):
                 )
         return self._create(name, nbytes, Backing(file, offset, writable, identity))
 
-    def _create(self, name: str | None, nbytes: int, backing: Backing | None) -> MemoryObject:
+    def _create(self, name: str | None, nbytes: int, backing: Backing | None, *, persistent: bool = False) -> MemoryObject:
         number = self.new_number()
         if name is None:
             name = f"anonymous-{number}"
@@ -112,7 +121,10 @@ class MemoryManager(Books):
         if backing is not None:
             backing.file.keep(number)
         self._objects[name] = object_
+        object_.persistent = persistent
         self.journal.object(object_)
+        if persistent:
+            self.hold(object_)
         return object_
 
     def promise(self, object_: MemoryObject, asked_by: AskedBy) -> None:

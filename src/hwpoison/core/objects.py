@@ -117,7 +117,9 @@ class MemoryObject:
         self.untold: set[int] = set()
         """Lost pages with changes of which no flush has told yet. Who has the file next is told too."""
         self.references = 0
-        """Mappings, and clients that are about to map."""
+        """Mappings, clients that are about to map, and its persistence."""
+        self.persistent = False
+        """It stays, although nobody has it open, until it is unlinked."""
         self.closed = False
         self.ending: asyncio.Task[None] | None = None
         """What ends it: started each time that nobody refers to it any more."""

@@ -95,13 +95,15 @@ class _Takeover:
     async def objects(self) -> None:
         """Objects, and what is lost of them."""
         books, machine = self.books, self.books.machine
-        for (number,), (name, nbytes, file) in of_kind(self.records, "object").items():
+        for (number,), (name, nbytes, file, persistent) in of_kind(self.records, "object").items():
             assert isinstance(number, int)
             backing = await self._backing(number, file) if file else None
             store = self.inherited.store(number, name, nbytes)
             object_ = MemoryObject(
                 number, name, nbytes, machine.page_size, store, backing, machine.table, machine.large_frame_bytes
             )
+            object_.persistent = persistent
+            object_.references = int(persistent)
             object_.error_sequence = self.records.get(("errors", number), 0)
             self._by_number[number] = object_
             books.inherit(object_)

@@ -129,7 +129,7 @@ class Memories:
             raise PermissionError("a client that sent no userfaultfd gets no memory: unregistered mappings read zeros")
         match request:
             case protocol.Allocate():
-                return manager.allocate(request.nbytes, request.name)
+                return manager.allocate(request.nbytes, request.name, persistent=request.persistent)
             case protocol.Open():
                 return await self._open(request, fds)
             case protocol.Attach():

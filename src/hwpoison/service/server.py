@@ -228,7 +228,7 @@ class Server:
     def request_answered(self) -> None:
         """Or a client has gone: look whether that was the last one for whom we have stayed."""
         self.keep()
-        if self.stop.is_set() and not any(one.references for one in self.manager.objects()):
+        if self.stop.is_set() and not any(one.references > one.persistent for one in self.manager.objects()):
             self.over.set()
 
     def told_to_end(self, *, at_once: bool = False) -> None:

@@ -267,6 +267,8 @@ class Session:
                 return protocol.Losses(self._losses, self.memories.standing(request.mapping)), []
             case protocol.Allocate() | protocol.Open() | protocol.Attach():
                 return self.memories.found(await self.memories.object(request, fds), channel, request.mapping)
+            case protocol.Unlink():
+                self.server.manager.unlink(request.name)
             case protocol.Map():
                 return await self.memories.map(request, channel), []
             case protocol.Unmap():
@@ -360,6 +362,7 @@ def _information(object_: MemoryObject) -> protocol.ObjectInfo:
         name=object_.name,
         kind=object_.kind,
         mode="r+" if object_.writable else "r",
+        persistent=object_.persistent,
         nbytes=object_.nbytes,
         present=min(pages.present * size, object_.nbytes),
         dirty=sum(count for _, count in pages.runs(DIRTY)) * size,

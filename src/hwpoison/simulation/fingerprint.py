@@ -305,7 +305,7 @@ LOOKED_AT = {
 }  # fmt: skip
 """What changes in these, and is part of the fingerprint."""
 THE_SAME = {
-    "MemoryObject": ("name", "nbytes", "number", "page_size", "store", "unit_pages"),
+    "MemoryObject": ("name", "nbytes", "number", "page_size", "persistent", "store", "unit_pages"),
     # Numbers that are given once make no difference; tasks are looked at by themselves.
     "Manager": (
         "_events", "_numbers", "_tasks", "_world", "_zeros", "instance", "journal", "life", "machine", "memory_limit",
