@@ -15,6 +15,13 @@ The way to memory:
     guard             read memory in which bytes may be lost: raises PoisonError at its end
     SafeView          what `guard` gives: buffer, array, check
 
+From arrays and back:
+
+    load              the array in a .npy file, in managed memory
+    locate            where an array, or anything with a buffer, lies: a Location
+    Location          memory, offset, nbytes
+    lost              the indices along the first axis of an array of which bytes are lost
+
 What fails, and what is said of it:
 
     Failure           the handling of one report: what `inject` and `report` return
@@ -40,6 +47,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from hwpoison.app.arrays import Location, load, locate, lost
     from hwpoison.app.guard import SafeView, guard
     from hwpoison.app.manager import BaseManager, Manager, SharedManager, connect
     from hwpoison.app.memory import Memory
@@ -54,6 +62,7 @@ __all__ = [
     "BaseManager",
     "Failure",
     "Handle",
+    "Location",
     "LoggedEvent",
     "Manager",
     "Memory",
@@ -71,10 +80,14 @@ __all__ = [
     "UnsupportedError",
     "connect",
     "guard",
+    "load",
+    "locate",
+    "lost",
     "set_policy",
 ]
 
 _PLACES = {
+    "app.arrays": ("Location", "load", "locate", "lost"),
     "app.guard": ("SafeView", "guard"),
     "app.manager": ("BaseManager", "Manager", "SharedManager", "connect"),
     "app.memory": ("Memory",),

@@ -34,6 +34,13 @@ class Watch(weakref.ref[mmap.mmap]):
     name: str
 
 
+class Mapping(mmap.mmap):
+    """`memory`: what is kept by the mapping's views, where that is wanted."""
+
+    __slots__ = ("memory",)
+    memory: object
+
+
 class Mapped:
     """What must be known of a mapping to make it again. `nbytes` in whole pages."""
 
@@ -81,9 +88,9 @@ def _keep_plain(address: int, nbytes: int) -> None:
             raise
 
 
-def map_object(fd: int, found: protocol.Found, *, guarded: bool) -> mmap.mmap:
+def map_object(fd: int, found: protocol.Found, *, guarded: bool) -> Mapping:
     """The memory `fd` of an object, mapped and not yet registered."""
-    mapping = mmap.mmap(fd, -(-found.nbytes // PAGE_SIZE) * PAGE_SIZE, *_flags(found, guarded=guarded))
+    mapping = Mapping(fd, -(-found.nbytes // PAGE_SIZE) * PAGE_SIZE, *_flags(found, guarded=guarded))
     _keep_plain(syscalls.address_of(mapping), len(mapping))
     return mapping
 

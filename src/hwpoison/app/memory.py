@@ -143,6 +143,18 @@ class Memory:
         self._check_open()
         return memory_of(self._mapping, self.name)[: self.nbytes]
 
+    def __buffer__(self, flags: int, /) -> memoryview:
+        """As `buffer`, for whatever takes an object with a buffer (from Python 3.12 on)."""
+        return self.buffer
+
+    def kept_by_views(self) -> None:
+        """From now on it lives as long as its mapping has views."""
+        self._mapping.memory = self
+
+    def addresses(self) -> list[int]:
+        """Where its views are: the ordinary one, and that of guards if there is one."""
+        return [self.address] if self._guarded is None else [self.address, self._guarded.address]
+
     def array(
         self,
         dtype: numpy.typing.DTypeLike = "u1",
