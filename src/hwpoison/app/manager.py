@@ -265,12 +265,17 @@ class BaseManager:
 
     def events(self) -> Iterator[event_log.LoggedEvent]:
         """This manager's events, in order, from the log; see `LoggedEvent`."""
-        place = self.connection.request(protocol.SyncLog(), protocol.LogPlace)
+        path, instance = self.log_place()
         try:
-            return event_log.read(Path(os.fsdecode(place.path)), instance=place.instance)
+            return event_log.read(path, instance=instance)
         except FileNotFoundError:
             # The manager writes it with the first event.
             return iter(())
+
+    def log_place(self) -> tuple[Path, str]:
+        """The event log's file, which has all events up to now, and what this manager's event ids begin with."""
+        place = self.connection.request(protocol.SyncLog(), protocol.LogPlace)
+        return Path(os.fsdecode(place.path)), place.instance
 
     # --- its life
 

@@ -80,6 +80,11 @@ class Memory:
         _memories[id(self)] = self
         self._listen_if_early()
 
+    @property
+    def manager(self) -> BaseManager:
+        """Of which it is."""
+        return self._manager
+
     # --- in a forked child
 
     def about_to_fork(self) -> None:

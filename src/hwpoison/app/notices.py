@@ -276,6 +276,11 @@ def set_policy(policy: Policy | str | None) -> None:
     _default[0] = None if policy is None else Policy(policy)
 
 
+def default_policy() -> Policy | None:
+    """As it was set last."""
+    return _default[0]
+
+
 def policy_of(connection: Connection, own: Policy | None) -> Policy:
     """What is true for a mapping that has this policy of its own, or none."""
     return own or _default[0] or connection.welcome.policy

@@ -1,0 +1,146 @@
+"""The pytest fixture, as somebody uses it who tests a program: pytest runs as they would run it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import SECONDS_MAX
+
+pytestmark = pytest.mark.live
+
+PROGRAM = """
+import numpy
+import pytest
+from hwpoison import Manager, PoisonError, guard, lost
+import hwpoison as library
+
+import mmap
+PAGE = mmap.PAGESIZE
+
+
+class Table:
+    def __init__(self):
+        self.manager = Manager()
+        self.memory = self.manager.allocate(64 * PAGE, "table")
+        self.array = self.memory.array("u8", (64, PAGE // 8))
+        for row in range(64):
+            self.array[row] = row
+
+    def sum(self):
+        while True:
+            try:
+                with guard(self.memory) as safe:
+                    return int(safe.array("u8").sum())
+            except PoisonError as error:
+                for one in error.ranges:
+                    row = one.offset // PAGE
+                    self.memory.repair(one.offset, numpy.full(PAGE // 8, row, "u8"))
+
+
+@pytest.fixture
+def table():
+    return Table()
+"""
+
+
+def run(folder: Path, tests: str) -> tuple[int, str]:
+    (folder / "test_it.py").write_text(PROGRAM + tests)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=SECONDS_MAX, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_program_that_repairs_what_it_loses_passes(tmp_path: Path) -> None:
+    status, said = run(
+        tmp_path,
+        """
+def test_strike(hwpoison, table):
+    expected = table.sum()
+    failure = hwpoison.strike(table.array, 17)
+    assert (failure.offset, failure.outcome) == (17 * PAGE, "Recovered")
+    assert hwpoison.strike(table.array, (18, 5)).offset == 18 * PAGE
+    assert hwpoison.strike(table.array[:, -1], -1).offset == 63 * PAGE
+    assert hwpoison.strike(table.memory, 3 * PAGE + 5).offset == 3 * PAGE
+    assert lost(table.array).tolist() == [3, 17, 18, 63]
+    assert table.sum() == expected
+
+def test_storm(hwpoison, table):
+    expected = table.sum()
+    with hwpoison.storm(table.array[10:20], failures=50, seed=5) as storm:
+        while not storm.over.is_set():
+            assert table.sum() == expected
+    assert table.sum() == expected
+    assert len(storm.struck) == 50
+    assert {one.offset // PAGE for one in storm.struck} <= set(range(10, 20))
+
+def test_declared(hwpoison, table):
+    hwpoison.declare(hwpoison.strike(table.array, 1))
+    hwpoison.strike(table.array, 2)
+    hwpoison.declare()
+
+
+def test_a_page_of_a_file_comes_back_by_itself(hwpoison, tmp_path):
+    numpy.save(tmp_path / "x.npy", numpy.arange(5000))
+    with Manager() as manager:
+        array = library.load(tmp_path / "x.npy", manager=manager)
+        assert array.sum() == sum(range(5000))
+        assert hwpoison.strike(array, 3000).outcome == "Recovered"
+        assert array.sum() == sum(range(5000))
+        del array
+
+def test_policy(hwpoison, table):
+    assert table.memory.policy == "late"
+    hwpoison.policy("early")
+    assert table.memory.policy == "early"
+
+def test_policy_was_for_one_test(table):
+    assert table.memory.policy == "late"
+
+def test_wrong_arguments(hwpoison, table):
+    outside = (((table.array, 64), IndexError), ((table.memory, -1), IndexError))
+    for wrong, error in (((numpy.zeros(5), 0), ValueError), *outside):
+        with pytest.raises(error):
+            hwpoison.strike(*wrong)
+""",
+    )
+    assert status == 0, said
+    assert "7 passed" in said
+
+
+def test_an_undeclared_loss_fails_the_test_and_says_which(tmp_path: Path) -> None:
+    status, said = run(
+        tmp_path,
+        """
+def test_forgets(hwpoison, table):
+    hwpoison.strike(table.array, 17)
+
+def test_forgets_and_closes(hwpoison):
+    with Manager() as manager:
+        memory = manager.allocate(PAGE, "closed")
+        memory.write(0, b"x")
+        hwpoison.strike(memory, 0)
+        memory.close()
+
+def test_another_is_well(hwpoison, table):
+    hwpoison.strike(table.array, 17)
+    table.sum()
+""",
+    )
+    assert status == 1, said
+    assert "3 passed, 2 errors" in said
+    assert "1 undeclared losses" in said
+    assert "'table'" in said
+    assert "'closed'" in said
+
+
+def test_it_costs_a_run_without_it_nothing(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "import sys\ndef test(): assert not {'numpy', 'msgspec', 'hwpoison.app'} & set(sys.modules)\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS_MAX, check=False)
+    assert done.returncode == 0, done.stdout
