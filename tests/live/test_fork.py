@@ -289,6 +289,27 @@ say(results)
         assert child.wait() == 0, child.errors
 
 
+def test_a_child_of_a_parent_that_ends_with_the_manager_has_everything() -> None:
+    code = """
+manager = hwpoison.Manager()
+memory = manager.allocate(8 * PAGE, "table")
+memory.buffer[0] = 9
+pid = manager.statistics().pid
+if not os.fork():
+    hear()
+    say(memory.buffer[0])
+    say(memory.read(0, 1).hex())
+    os._exit(0)
+time.sleep(float(arguments[0]))
+os.kill(pid, signal.SIGKILL)
+os._exit(0)
+"""
+    for number in range(10):
+        with Child(BEGIN + code, number * 0.0005) as child:
+            assert child.ask() == 9
+            assert child.hear() == "09"
+
+
 def test_a_child_that_never_uses_it_holds_nothing_after_its_end(manager: hwpoison.Manager) -> None:
     code = """
 manager = hwpoison.connect(arguments[0])

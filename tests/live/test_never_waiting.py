@@ -56,7 +56,7 @@ def test_a_client_that_is_stopped_holds_up_nobody(manager: hwpoison.Manager, fil
     table = manager.allocate(pages * PAGE_SIZE, name="table")
     table.write(0, page("a") * pages)
     reading, writing = manager.open(read_only), manager.open(writable, "r+")
-    manager.inject(table, PAGE_SIZE)
+    before = manager.inject(table, PAGE_SIZE)
     with Child(CONNECT + STALLING, manager.socket, str(read_only), str(writable)) as stopped:
         stopped.hear()
         stopped.signal(signal.SIGSTOP)
@@ -76,8 +76,8 @@ def test_a_client_that_is_stopped_holds_up_nobody(manager: hwpoison.Manager, fil
         assert reading.read(0, reading.nbytes) == known(pages * PAGE_SIZE)
         assert state_of(stopped.pid) == "T", "it has slept through all of it"
         stopped.signal(signal.SIGCONT)
-        told, anonymous, written = stopped.ask([one.event_id for one in lost])
-        assert told == [one.event_id for one in lost]
+        told, anonymous, written = stopped.ask([one.event_id for one in (before, *lost)])
+        assert told == [one.event_id for one in (before, *lost)]
         assert bytes.fromhex(anonymous) == page("a") + page("r") + page("s") * (pages - 2)
         assert bytes.fromhex(written) == known(2 * PAGE_SIZE) + page("w") * (pages - 2)
 
@@ -307,3 +307,53 @@ def test_a_client_that_holds_its_mmap_lock_holds_up_nobody_who_does_not_share_th
                 for thread in threads:
                     thread.join(SECONDS_MAX)
             assert holder.wait() == 0
+
+
+def test_an_access_to_a_file_that_does_not_answer_fails_in_the_named_time_and_others_go_on(slow_file: MakeSlowFile) -> None:
+    slow = slow_file(known(4 * PAGE_SIZE))
+    code = """
+manager = hwpoison.Manager(io_limit=0.5)
+memory = manager.open(arguments[0])
+other = manager.allocate(4096)
+say(manager.socket)
+hear()
+try:
+    memory.read(0, 1)
+except hwpoison.PoisonError as error:
+    say(str(error))
+say(next(memory.notices()).reason)
+other.buffer[0] = 1
+say(other.buffer[0])
+hear()
+memory.discard()
+say(memory.read(0, 8).hex())
+"""
+    with Child(code, str(slow.path)) as child:
+        child.hear()
+        slow.hold("read")
+        assert "lost" in child.ask()
+        assert child.hear() == "the file system has not given it within 0.5 s"
+        assert child.hear() == 1
+        slow.hold()
+        assert child.ask() == known(4 * PAGE_SIZE)[:8].hex()
+        assert child.wait() == 0, child.errors
+
+
+def test_an_access_of_c_code_to_such_a_file_ends_too(slow_file: MakeSlowFile) -> None:
+    """A thread that sleeps in a fault with the interpreter's lock reacts to nothing."""
+    slow = slow_file(known(4 * PAGE_SIZE))
+    code = """
+manager = hwpoison.Manager(io_limit=0.5)
+memory = manager.open(arguments[0])
+say()
+hear()
+memory.buffer[0]
+"""
+    with Child(code, str(slow.path)) as child:
+        child.hear()
+        slow.hold("read")
+        child.tell()
+        wait_until(lambda: child.state == "Z", "it has ended")
+        # Its manager can't, before the file system has answered, and has the child's standard error.
+        slow.hold()
+        assert child.wait() == -signal.SIGBUS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,20 @@ def test_every_loss_that_stands_is_told_once_and_in_order_to_an_owner_that_reads
     # What was repaired before it was read may be told as well, and neither twice nor out of order.
     heard = [one[0] for one in told]
     assert heard == [one.event_id for one in failures if one.event_id in heard]
+
+
+def test_more_than_may_wait_are_told_although_the_manager_dies_meanwhile(manager: hwpoison.Manager, tmp_path: Path) -> None:
+    place, pages = tmp_path / "told", NOTICES_LIMIT + NOTICES_LIMIT // 2
+    table = manager.allocate(pages * PAGE_SIZE, "table")
+    table.buffer[:] = b"a" * table.nbytes
+    with Child(SLOW, manager.socket, str(place)) as slow:
+        slow.hear()
+        expected = [strike(manager, table, page) for page in range(pages)]
+        os.kill(manager.pid, signal.SIGKILL)
+        slow.ask("go on")
+        assert told_up_to(expected[-1], slow, place) == [as_told(one) for one in expected]
+        slow.tell()
+        assert slow.wait() == 0
 
 
 def test_an_owner_that_reads_late_is_told_first_of_losses_before_it_attached_that_stand(

@@ -386,6 +386,28 @@ def test_a_planned_restart_keeps_the_process_that_was_started_and_everything_els
     assert not path.exists()
 
 
+@pytest.mark.parametrize("when", ["while it is checked", "when the keeper is about to execute it"])
+def test_who_tells_it_to_end_during_a_restart_is_heard(tmp_path: Path, when: str) -> None:
+    path = tmp_path / "socket"
+    with serving(path) as server:
+        first = manager_of(server.pid)
+        asking = subprocess.Popen(
+            [sys.executable, "-m", "hwpoison", "restart", "--socket", str(path)],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        if when == "while it is checked":
+            wait_until(lambda: any("--reads-journal" in one for one in commands()), "the new version is asked")
+        else:
+            wait_until(lambda: any("--reads-journal" in one for one in commands()), "the new version is asked")
+            stop(server.pid)
+            wait_until(lambda: state_of(first) == "Z", "the manager has made way")
+        server.send_signal(signal.SIGTERM)
+        os.kill(server.pid, signal.SIGCONT)
+        assert server.wait(SECONDS_MAX) == 0
+        asking.wait(SECONDS_MAX)
+    assert not path.exists()
+
+
 class serving:  # noqa: N801  (used as a function)
     """`hwpoison serve`, serving."""
 

@@ -25,7 +25,7 @@ from hwpoison.linux.userfaultfd import NEEDED, NO_FEATURE, Feature, Opened, open
 all_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
 """Of this process."""
 
-JOIN_ATTEMPTS = 3
+JOIN_ATTEMPTS = 10
 REFUSALS_MAX = 3
 """So often one manager may close the channel of a request before that counts as its answer."""
 REFUSAL_SECONDS = 0.02
@@ -191,11 +191,16 @@ class Connection:
             self._control = inherited
             try:
                 with theirs:
+                    # One that the manager has given before it died is good for the next one too.
                     invitation = invitation or self.invite()
                     protocol.send(invitation, protocol.Join(), [theirs.fileno()])
                 self._control = ours
                 return self._begin()
-            except ConnectionError:
+            except NoWelcomeError:
+                ours.close()
+                if not attempts_left:
+                    raise
+            except OSError:
                 ours.close()
                 if not attempts_left:
                     raise

@@ -22,11 +22,18 @@ from hwpoison.app.memory import all_memories
 log = logging.getLogger("hwpoison")
 
 
+POOL_BYTES = 4096
+"""Small objects are allocated in pools of about this size or more."""
+POOLS = 64
+"""So many are free at a fork."""
+
+
 class _Forking(threading.local):
     """What the thread that forks has prepared; the child begins with it."""
 
     def __init__(self) -> None:
         self.invitations: dict[Connection, socket.socket | None] = {}
+        self.reserve = b""
 
 
 _forking = _Forking()
@@ -51,6 +58,9 @@ def _before() -> None:
     for memory in all_memories():
         with suppress(OSError):
             memory.about_to_fork()
+    # What is allocated in the child before our turn comes must not need new memory: that could come to one of our addresses.
+    some = [bytes(POOL_BYTES // 16) for _ in range(16 * POOLS)]
+    _forking.reserve = some[-1]
 
 
 def _in_parent() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import errno
 import fcntl
+import math
 import os
 import socket
 import subprocess
@@ -351,7 +352,9 @@ class Manager(BaseManager):
     """A private manager process, for this process and those that it tells `socket`.
 
     `memory_limit` (bytes) is for the memory of all objects: anonymous pages are never dropped, those of files share what is
-    left (64 stay in any case). `offline_foreign` (root): hand reports on frames that are not managed to the kernel.
+    left (64 stay in any case). `policy`: see `Policy`, for processes that have none of their own. `io_limit` (seconds): so
+    long an access waits for its file; then it fails, and the page is lost, with that reason. `offline_foreign` (root): hand
+    reports on frames that are not managed to the kernel.
     `without`: features of userfaultfd to do without as an older kernel must, for tests. Raises `UnsupportedError` where
     userfaultfd can't be had, saying what to do.
     """
@@ -362,6 +365,7 @@ class Manager(BaseManager):
         memory_limit: int | None = None,
         offline_foreign: bool = False,
         policy: Policy | str = Policy.LATE,
+        io_limit: float = 30.0,
         without: Feature = NO_FEATURE,
     ) -> None:
         if memory_limit is not None and not PAGE_SIZE <= whole("memory_limit", memory_limit) <= MEMORY_LIMIT_MAX:
@@ -372,7 +376,9 @@ class Manager(BaseManager):
             raise PermissionError("offline_foreign needs root: the kernel's hard offline does")
         # Where it can't be had, nothing is started.
         os.close(open_userfaultfd().fd)
-        arguments = ["--policy", Policy(policy)]
+        if isinstance(io_limit, bool) or not isinstance(io_limit, (int, float)) or not 0 < io_limit < math.inf:
+            raise ValueError(f"io_limit is a number of seconds above 0, and not {io_limit!r}")
+        arguments = ["--policy", Policy(policy), "--io-limit", str(float(io_limit))]
         if memory_limit is not None:
             arguments += ["--memory-limit", str(memory_limit)]
         if offline_foreign:

@@ -21,7 +21,11 @@ from hwpoison.cli.common import SOCKET_VARIABLE, memory_limit_option
     "--policy", type=click.Choice(["early", "late"]), default="late", show_default=True,
     help="When processes that want no notices learn of a loss: at once, by SIGBUS, or on access.",
 )  # fmt: skip
-def serve(socket: str | None, memory_limit: int | None, offline_foreign: bool, policy: str) -> int:
+@click.option(
+    "--io-limit", metavar="SECONDS", type=click.FloatRange(0.001), default=30.0, show_default=True,
+    help="So long an access waits for its file; then it fails, and the page is lost, with that reason.",
+)  # fmt: skip
+def serve(socket: str | None, memory_limit: int | None, offline_foreign: bool, policy: str, io_limit: float) -> int:
     """Run a manager that processes share, until SIGTERM or Ctrl-C.
 
     Programs find it through $HWPOISON_SOCKET or hwpoison.connect(PATH). It serves its own user and root, and writes one
@@ -45,4 +49,6 @@ def serve(socket: str | None, memory_limit: int | None, offline_foreign: bool, p
     from hwpoison.core.records import Policy
     from hwpoison.service.daemon import serve as serve_at
 
-    return serve_at(socket, memory_limit=memory_limit, offline_foreign=offline_foreign, policy=Policy(policy))
+    return serve_at(
+        socket, memory_limit=memory_limit, offline_foreign=offline_foreign, policy=Policy(policy), io_limit=io_limit
+    )

@@ -9,15 +9,18 @@ together with their contract case. Errors are `OSError` with the kernel's errno.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from enum import Enum
-from typing import Any, NamedTuple, Protocol, overload
+from typing import Any, NamedTuple, Protocol, TypeVar, overload
 
 Content = bytes | bytearray | memoryview
 
 Runs = Callable[[], Iterable[tuple[int, int]]]
 """Gives (first, count) of runs of pages."""
+
+
+Result = TypeVar("Result")
 
 
 class Table(Protocol):
@@ -286,6 +289,13 @@ class Machine(Protocol):
 
     def now(self) -> float:
         """Seconds since the epoch."""
+
+    @property
+    def io_seconds_max(self) -> float:
+        """How long somebody may sleep in a fault because of a file."""
+
+    async def in_time(self, story: Awaitable[Result]) -> Result:
+        """What it returns. Raises TimeoutError, after it was cancelled, if it takes longer than `io_seconds_max`."""
 
     @property
     def large_frame_bytes(self) -> int:

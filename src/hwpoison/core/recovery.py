@@ -5,6 +5,8 @@ Everything here works on pages that the caller has locked, or locks them itself 
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import suppress
 from dataclasses import replace
 
 from hwpoison.core.books import Books
@@ -35,7 +37,7 @@ async def read_in(books: Books, object_: MemoryObject, first: int, count: int) -
         if object_.backing is None:
             content: Content = books.zeros(count)
         else:
-            content = await _read_version(books, object_, first, count)
+            content = await _read_in_time(books, object_, first, count)
             books.statistics.pages_read += count
         await _publish(books, object_, first, count, content)
 
@@ -57,11 +59,18 @@ async def make_room(books: Books, coming: MemoryObject, count: int) -> None:
                 await object_.watch(first, length)
         elif not written_back:
             written_back = True
-            for object_ in books.objects():
-                if object_.tracks_dirt:
-                    await write_back_some(books, object_, count + reclaim.for_files // 8)
+            # A file system that does not answer must not keep somebody asleep who wants something else.
+            writing = books.start(_write_back_some(books, count + reclaim.for_files // 8), "write-back to make room")
+            with suppress(TimeoutError):
+                await books.machine.in_time(asyncio.shield(writing))
         else:
             return
+
+
+async def _write_back_some(books: Books, count: int) -> None:
+    for object_ in books.objects():
+        if object_.tracks_dirt:
+            await write_back_some(books, object_, count)
 
 
 def room(books: Books, coming: MemoryObject, count: int) -> bool:
@@ -98,6 +107,15 @@ async def _publish(books: Books, object_: MemoryObject, first: int, count: int, 
                 object_.pages.arrived(page, 1, books.reclaim.arrived(object_, 1), flags)
         raise
     object_.pages.arrived(first, count, books.reclaim.arrived(object_, count), flags)
+
+
+async def _read_in_time(books: Books, object_: MemoryObject, first: int, count: int) -> Content:
+    """As `_read_version`: somebody may sleep in a fault, and can do nothing for himself."""
+    try:
+        return await books.machine.in_time(_read_version(books, object_, first, count))
+    except TimeoutError:
+        limit = books.machine.io_seconds_max
+        raise UnreadableError(f"the file system has not given it within {limit:g} s") from None
 
 
 async def _read_version(books: Books, object_: MemoryObject, first: int, count: int) -> Content:

@@ -201,12 +201,26 @@ class LinuxFile:
             return False
 
     async def _in_worker(self, call: Callable[[], Result]) -> Result:
-        run = partial(asyncio.get_running_loop().run_in_executor, self._workers, self._prepared_first, call)
-        async with self._turns:
-            if self._local:
-                return await run()
-            async with self._turns_of_mount:
-                return await run()
+        turns = []
+        try:
+            for one in (self._turns,) if self._local else (self._turns, self._turns_of_mount):
+                await one.acquire()
+                turns.append(one)
+            done = asyncio.get_running_loop().run_in_executor(self._workers, self._prepared_first, call)
+        except BaseException:
+            for one in turns:
+                one.release()
+            raise
+
+        def over(_: object) -> None:
+            for one in turns:
+                one.release()
+            if not done.cancelled():
+                done.exception()  # Nobody may want to know it any more.
+
+        # Whoever waits for it may give up. The worker does not, and has its turns until the file system has answered.
+        done.add_done_callback(over)
+        return await asyncio.shield(done)
 
     def _prepared_first(self, call: Callable[[], Result]) -> Result:
         if not self._prepared:

@@ -30,7 +30,7 @@ class LinuxInheritance:
 
     def nobodys(self) -> dict[str, int]:
         """What nobody has taken, as it is written down nowhere: the manager has died while it took it, or let go of it."""
-        kinds = (SPACE, PROCESS, BOARD, "control", "lifeline", "memory", "flags", "file")
+        kinds = (SPACE, PROCESS, BOARD, "control", "lifeline", "invitation", "memory", "flags", "file")
         return {label: fd for label, fd in self._left.items() if label.partition(":")[0] in kinds}
 
     def store(self, number: int, name: str, nbytes: int) -> LinuxStore:

@@ -6,12 +6,12 @@ import asyncio
 import mmap
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from weakref import WeakValueDictionary
 
-from hwpoison.core.machine import Runs, Store
+from hwpoison.core.machine import Result, Runs, Store
 from hwpoison.linux import frames, syscalls, userfaultfd
 from hwpoison.linux.files import WORKERS_OF_MOUNT, LinuxFile, mount_of
 from hwpoison.linux.journal import LABEL, LinuxRecords
@@ -23,6 +23,8 @@ from hwpoison.linux.syscalls import PAGE_SIZE, address_of
 
 FILE_WORKERS = 64
 """File operations that may wait at the same time."""
+IO_SECONDS_MAX = 30.0
+"""How long a fault waits for a file, if nothing else is wanted."""
 CLIENT_WORKERS = 32
 """Ioctls that may wait for clients' mmap locks at the same time."""
 
@@ -38,7 +40,9 @@ class LinuxMachine:
         keeping: Keeping | None = None,
         wanted: userfaultfd.Feature = userfaultfd.NEEDED | userfaultfd.Feature.POISON,
         inherited: Mapping[str, int] | None = None,
+        io_seconds_max: float = IO_SECONDS_MAX,
     ) -> None:
+        self.io_seconds_max = io_seconds_max
         self.keeping = keeping or Alone()
         self.inherited = dict(inherited or {})
         """Descriptors by label, of managers before this one."""
@@ -70,6 +74,10 @@ class LinuxMachine:
 
     def now(self) -> float:
         return time.time()
+
+    async def in_time(self, story: Awaitable[Result]) -> Result:
+        async with asyncio.timeout(self.io_seconds_max):
+            return await story
 
     @property
     def held(self) -> int:

@@ -155,6 +155,11 @@ class NoticeChannel:
             self._soon = True
             self._loop.call_soon(self._send)
 
+    def inherit(self, told: list[protocol.Told]) -> None:
+        """What a manager before this one has not told. There are no books yet to look which of it stands."""
+        self._waiting.extend(told)
+        self._waiting_limit = max(NOTICES_LIMIT, 2 * len(self._waiting))
+
     def begin(self, connection: socket.socket, after: int, welcome: protocol.Message) -> None:
         """The client listens, and has been told of those up to number `after`."""
         self._hang_up()

@@ -29,7 +29,7 @@ from hwpoison import events, protocol
 from hwpoison.core.records import Policy
 from hwpoison.linux import syscalls
 from hwpoison.linux.journal import FORMAT, JournalError
-from hwpoison.linux.machine import LinuxMachine
+from hwpoison.linux.machine import IO_SECONDS_MAX, LinuxMachine
 from hwpoison.linux.standard import open_standard_streams
 from hwpoison.linux.userfaultfd import NEEDED, NO_FEATURE, Feature, open_userfaultfd
 from hwpoison.service import keeper
@@ -47,6 +47,7 @@ class Options:
     offline_foreign: bool = False
     without: Feature = NO_FEATURE
     policy: Policy = Policy.LATE
+    io_limit: float = IO_SECONDS_MAX
 
     def arguments(self) -> list[str]:
         """Of this module's command line."""
@@ -59,7 +60,7 @@ class Options:
             given.append("--offline-foreign")
         if self.without:
             given += ["--without", str(self.without.name)]
-        return [*given, "--policy", self.policy]
+        return [*given, "--policy", self.policy, "--io-limit", str(self.io_limit)]
 
 
 def serve(
@@ -68,6 +69,7 @@ def serve(
     memory_limit: int | None = None,
     offline_foreign: bool = False,
     policy: Policy = Policy.LATE,
+    io_limit: float = IO_SECONDS_MAX,
 ) -> int:
     """Serve at `socket_path` (a path, or @name for an abstract address) until SIGTERM or SIGINT; the exit status.
 
@@ -77,7 +79,14 @@ def serve(
     """
     if not socket_path.startswith("@"):
         socket_path = os.path.abspath(socket_path)
-    options = Options(socket_path, private=False, memory_limit=memory_limit, offline_foreign=offline_foreign, policy=policy)
+    options = Options(
+        socket_path,
+        private=False,
+        memory_limit=memory_limit,
+        offline_foreign=offline_foreign,
+        policy=policy,
+        io_limit=io_limit,
+    )
     # Said here, to who has called this, and not by the manager.
     os.close(open_userfaultfd().fd)
     return _keep(options, {LISTENER: _listen(socket_path).detach()})
@@ -100,16 +109,24 @@ def _become_keeper() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _resume(options: Options, held: keeper.Held, life: int) -> None:
-    """Execute what is installed now, in this process, with all that is held."""
+def _resume(options: Options, held: keeper.Held, life: int, told: list[int]) -> None:
+    """See `keeper.Resume`."""
     for fd in held.values():
         os.set_inheritable(fd, True)
-    # A signal that comes meanwhile waits for the one who can pass it on.
+    # A signal that comes from here on waits for the one who can pass it on; of those before, the handler has run.
     signal.pthread_sigmask(signal.SIG_BLOCK, keeper.SIGNALS)
     state = os.memfd_create("hwpoison-resume", 0)
-    os.write(state, json.dumps({"held": held, "life": life}).encode())
-    command = [sys.executable, "-P", "-m", "hwpoison.service.daemon", "--resume", str(state), *options.arguments()]
-    os.execv(sys.executable, command)
+    try:
+        with os.fdopen(state, "wb", closefd=False) as file:
+            file.write(json.dumps({"held": held, "life": life, "told": told}).encode())
+        command = [sys.executable, "-P", "-m", "hwpoison.service.daemon", "--resume", str(state), *options.arguments()]
+        os.execv(sys.executable, command)
+    except BaseException:
+        os.close(state)
+        for fd in held.values():
+            os.set_inheritable(fd, False)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, keeper.SIGNALS)
+        raise
 
 
 def _unlink(path: str) -> None:
@@ -170,10 +187,10 @@ def _manage(options: Options, first: socket.socket | None, held_by: keeper.Keepe
     if life > 1:
         first = None
     try:
-        machine = LinuxMachine(held_by, (NEEDED | Feature.POISON) & ~options.without, held)
+        machine = LinuxMachine(held_by, (NEEDED | Feature.POISON) & ~options.without, held, options.io_limit)
     except JournalError as error:
         sys.stderr.write(f"hwpoison: {error.strerror}\n")
-        return 1
+        return keeper.HOPELESS
     except OSError as error:
         if first is None:
             raise
@@ -276,6 +293,7 @@ def main() -> int:
     parser.add_argument("--offline-foreign", action="store_true")
     parser.add_argument("--without", type=Feature.__getitem__, default=NO_FEATURE)
     parser.add_argument("--policy", type=Policy, default=Policy.LATE)
+    parser.add_argument("--io-limit", type=float, default=IO_SECONDS_MAX)
     given = parser.parse_args()
     logging.basicConfig(format="hwpoison manager: %(message)s")
     if given.reads_journal is not None:
@@ -284,7 +302,7 @@ def main() -> int:
         return int(given.reads_journal != FORMAT)
     options = Options(
         given.address, given.private or given.channel is not None, given.memory_limit, given.offline_foreign, given.without,
-        given.policy,
+        given.policy, given.io_limit,
     )  # fmt: skip
     if given.adopt is not None:
         _become_keeper()
@@ -302,7 +320,9 @@ def main() -> int:
             found = json.load(state)
         for fd in found["held"].values():
             os.set_inheritable(fd, False)
-        return keeper.run(partial(_manage, options, None), found["held"], partial(_resume, options), life=found["life"])
+        return keeper.run(partial(_manage, options, None), found["held"], partial(_resume, options),
+            life=found["life"], told=found["told"],
+        )  # fmt: skip
     first = socket.socket(fileno=given.channel)
     try:
         return _keep(options, {LISTENER: _listen(options.address).detach()}, first)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from hwpoison import protocol
@@ -21,19 +22,38 @@ if TYPE_CHECKING:
     from hwpoison.service.server import Server
 
 
-class Invitation:
-    """The socket at whose other end the child is, or nobody yet."""
+INVITATION = "invitation"
+"""What the keeper holds its socket under, with its number; and the record that there is one."""
 
-    def __init__(self, server: Server, connection: socket.socket, objects: Iterable[MemoryObject]) -> None:
+
+class Invitation:
+    """The socket at whose other end the child is, or nobody yet. It has a number of its own, as it outlives the parent."""
+
+    def __init__(self, server: Server, connection: socket.socket, number: int) -> None:
         self._server = server
         self._connection = connection
-        # One of its own, as a client's: it outlives the parent.
-        self._number = server.manager.new_number()
-        for one, object_ in enumerate(objects):
-            server.manager.promise(object_, (self._number, one))
+        self._number = number
         connection.setblocking(False)
         asyncio.get_running_loop().add_reader(connection, self._readable)
-        protocol.send(connection, protocol.Added(server.manager.life, os.getpid()))
+
+    @classmethod
+    def new(cls, server: Server, connection: socket.socket, objects: Iterable[MemoryObject]) -> Invitation:
+        """For a client that maps these objects. If it is gone by now, this ends at once."""
+        number = server.manager.new_number()
+        server.machine.keeping.keep((f"{INVITATION}:{number}", connection.fileno()))
+        with server.machine.records.together():
+            server.machine.records.put((INVITATION, number), True)
+            for one, object_ in enumerate(objects):
+                server.manager.promise(object_, (number, one))
+        invitation = cls(server, connection, number)
+        with suppress(OSError):
+            protocol.send(connection, protocol.Added(server.manager.life, os.getpid()))
+        return invitation
+
+    @classmethod
+    def inherited(cls, server: Server, fd: int, number: int) -> Invitation:
+        """Of a manager before this one. Its promises are in the books."""
+        return cls(server, socket.socket(fileno=fd), number)
 
     def _readable(self) -> None:
         try:
@@ -59,7 +79,10 @@ class Invitation:
             return
         asyncio.get_running_loop().remove_reader(self._connection)
         self._connection.close()
-        manager = self._server.manager
-        for asked_by in [one for one in manager.promises if one[0] == self._number]:
-            manager.promise_over(asked_by)
+        manager, machine = self._server.manager, self._server.machine
+        with machine.records.together():
+            for asked_by in [one for one in manager.promises if one[0] == self._number]:
+                manager.promise_over(asked_by)
+            machine.records.drop((INVITATION, self._number))
+        machine.keeping.drop(f"{INVITATION}:{self._number}")
         self._server.invitation_over(self)

@@ -22,7 +22,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from hwpoison.linux.standard import say
@@ -133,18 +133,30 @@ class Keeper:
         return True
 
 
+Resume = Callable[[Held, int, list[int]], None]
+"""Execute what is installed now, instead of this program, with what is held, how many managers there were, and the signals
+for the next one, which are complete when others are blocked. Raises OSError, with everything as it was."""
+HOPELESS = 75
+"""The exit status of a manager that can't take over, nor can another one: it has said why."""
+
+
 def run(
-    manage: Manage, held: Held, resume: Callable[[Held, int], None], first: socket.socket | None = None, life: int = 0
+    manage: Manage,
+    held: Held,
+    resume: Resume,
+    first: socket.socket | None = None,
+    life: int = 0,
+    told: Sequence[int] = (),
 ) -> int:
     """Be a keeper until a manager says goodbye; the exit status.
 
-    `resume` executes what is installed now, with what is held, instead of this program. `first` is only for the first
-    manager. `life`: so many managers there were, of a program that was resumed.
+    `first` is only for the first manager. `life`: so many managers there were, of a program that was resumed, and which was
+    `told` these signals.
     """
-    return _Process(manage, held, resume, life, first).run()
+    return _Process(manage, held, resume, life, first, told).run()
 
 
-def adopt(manage: Manage, channel: socket.socket, pidfd: int, life: int, resume: Callable[[Held, int], None]) -> int:
+def adopt(manage: Manage, channel: socket.socket, pidfd: int, life: int, resume: Resume) -> int:
     """Be the keeper of a manager that has lost its own: the process `pidfd`, at the other end of `channel`."""
     process = _Process(manage, {}, resume, life)
     process.adopt(channel, pidfd)
@@ -158,9 +170,10 @@ class _Process:
         self,
         manage: Manage,
         held: Held,
-        resume: Callable[[Held, int], None],
+        resume: Resume,
         life: int = 0,
         first: socket.socket | None = None,
+        told: Sequence[int] = (),
     ) -> None:
         self._first = first
         self._manage = manage
@@ -173,7 +186,8 @@ class _Process:
         self._ready = False
         self._over = False
         self._renew = False
-        self._told: list[int] = []
+        self._hopeless = False
+        self._told: list[int] = list(told)
         """Signals for the next manager: one that is not ready yet would die of them."""
         self._passed: list[int] = []
         """Those that the manager was sent, and since which it has said nothing: it may be dying, and not have seen them."""
@@ -200,7 +214,7 @@ class _Process:
             if self._renew:
                 self._renew = False
                 try:
-                    self._resume(self._held, self._life)
+                    self._resume(self._held, self._life, self._told)
                 except OSError as error:
                     say(f"hwpoison: what is installed can't be executed ({error}); the version that was started goes on")
             else:
@@ -212,9 +226,10 @@ class _Process:
             if not self._succeed(died):
                 return self._give_up()
 
-    @staticmethod
-    def _give_up(why: str = "") -> int:
+    def _give_up(self, why: str = "") -> int:
         """What is held is let go with the end of this process."""
+        if self._hopeless:
+            why = "no manager can take over"
         why = why or f"the manager has died, and no other one could be started within {GIVE_UP_SECONDS:.0f} s"
         say(f"hwpoison: {why}: processes that map its memory are ended by SIGBUS")
         return 1
@@ -239,7 +254,11 @@ class _Process:
                 self._listen(died + GIVE_UP_SECONDS, until_ready=True)
                 if self._ready:
                     return True
-                say(f"hwpoison: the manager has ended {_how(self._wait())} before it was ready; another one is tried")
+                status = self._wait()
+                if status == HOPELESS:
+                    self._hopeless = True
+                    return False
+                say(f"hwpoison: the manager has ended {_how(status)} before it was ready; another one is tried")
             left = died + GIVE_UP_SECONDS - time.monotonic()
             if left <= 0:
                 return False
@@ -306,7 +325,8 @@ class _Process:
             data, ancillary, _, _ = channel.recvmsg(MESSAGE_LIMIT, space, socket.MSG_CMSG_CLOEXEC)
         except ConnectionResetError:
             return False
-        if data:
+        if data and data != b"restart":
+            # What it was sent it has seen. (One that makes way for another does nothing about it any more.)
             self._passed.clear()
         fds = array.array("i")
         for _, _, content in ancillary:

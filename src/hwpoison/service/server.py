@@ -30,7 +30,7 @@ from hwpoison.linux.journal import FORMAT
 from hwpoison.linux.machine import LinuxMachine
 from hwpoison.linux.standard import say
 from hwpoison.service.eventlog import EventLog
-from hwpoison.service.invitation import Invitation
+from hwpoison.service.invitation import INVITATION, Invitation
 from hwpoison.service.keeper import Keeper
 from hwpoison.service.session import Left, Session
 
@@ -146,9 +146,8 @@ class Server:
             session.listen()
         for asked_by in [one for one in self.manager.answers if one[0] not in left.sessions]:
             self.manager.answered(asked_by)
-        for asked_by in [one for one in self.manager.promises if one[0] not in left.sessions]:
-            # Of a fork: the socket by which the child would have come has gone with the last manager.
-            self.manager.promise_over(asked_by)
+        for number in left.invitations:
+            self._invitations.add(Invitation.inherited(self, inheritance.find(f"{INVITATION}:{number}"), number))
         for label, fd in inheritance.nobodys().items():
             self.machine.keeping.drop(label)
             self.spawn(self.machine.let_go(fd))
@@ -209,6 +208,8 @@ class Server:
         if check.returncode:
             why = said.decode(errors="replace").strip().rpartition("\n")[2]
             raise OSError(errno.EPROTO, f"what is installed now can't take over, and this manager goes on: {why}")
+        if self.stop.is_set():
+            raise OSError(errno.EBUSY, "the manager was told to end meanwhile, or its last client has gone")
         self.renewing = True
         self.stop.set()
         # The next one answers.
@@ -279,10 +280,7 @@ class Server:
 
     def invite(self, connection: socket.socket, objects: Iterable[MemoryObject]) -> None:
         """A client is about to fork: its child will say so at the other end."""
-        try:
-            self._invitations.add(Invitation(self, connection, objects))
-        except OSError:
-            connection.close()  # It has gone.
+        self._invitations.add(Invitation.new(self, connection, objects))
 
     def invitation_over(self, invitation: Invitation) -> None:
         self._invitations.discard(invitation)

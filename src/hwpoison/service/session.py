@@ -44,6 +44,8 @@ class Left:
         """Process, whether it maps, whether it was welcomed."""
         self.listens: dict[int, int] = {}
         """How many losses it has had."""
+        self.invitations: list[int] = [number for (number,) in of_kind(records, "invitation")]  # type: ignore[misc]
+        """Of clients that were about to fork."""
         self.handles: dict[int, dict[int, int]] = {}
         """The numbers of its mappings, by its own numbers for them."""
         self.notices: dict[int, dict[int, list[Any]]] = {}
@@ -93,8 +95,12 @@ class Session:
         if number in left.listens:
             session._losses = left.listens[number]
             session._notices = session._notice_channel()
-            for told, (object_number, notice) in left.notices.get(number, {}).items():
-                session._notices.tell(protocol.Told(told, object_number, msgspec.convert(notice, Notice)))
+            session._notices.inherit(
+                [
+                    protocol.Told(told, object_number, msgspec.convert(notice, Notice))
+                    for told, (object_number, notice) in left.notices.get(number, {}).items()
+                ]
+            )
         session._maps = maps
         session._welcomed = session_welcomed
         session._lifeline = inheritance.find(f"{LIFELINE}:{number}")

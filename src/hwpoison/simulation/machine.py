@@ -29,10 +29,10 @@ import copy
 import errno
 import mmap
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Self
 
-from hwpoison.core.machine import Key, Runs, Store, Table
+from hwpoison.core.machine import Key, Result, Runs, Store, Table
 from hwpoison.simulation.choices import MANAGER, Event
 from hwpoison.simulation.files import Disk, SimulatedFile
 from hwpoison.simulation.memory import SimulatedPage, SimulatedStore
@@ -230,6 +230,12 @@ class SimulatedMachine:
 
     def now(self) -> float:
         return 0.0
+
+    io_seconds_max = 0.0
+
+    async def in_time(self, story: Awaitable[Result]) -> Result:
+        """A file that does not answer in time is one that fails: that is one of the things that go wrong here."""
+        return await story
 
     @property
     def held(self) -> int:
