@@ -25,7 +25,8 @@ def unordered(tree: ast.AST) -> Iterator[int]:
         elif isinstance(node, ast.Call) and ast.unparse(node.func) == "sorted":
             harmless.update(node.args)
     for node in ast.walk(tree):
-        if node not in harmless and (_declares(node) or _makes(node) or _by_identity(node) or _of_keys(node)):
+        wrong = _declares(node) or _makes(node) or _by_identity(node) or _of_keys(node) or _of_tasks(node)
+        if node not in harmless and (wrong or _inside_asyncio(node)):
             yield node.lineno  # type: ignore[attr-defined]
 
 
@@ -40,7 +41,22 @@ def _makes(node: ast.AST) -> bool:
 
 def _by_identity(node: ast.AST) -> bool:
     """Addresses of objects differ too, and hashes of text."""
-    return isinstance(node, ast.Name) and node.id in ("id", "hash")
+    dunder = isinstance(node, ast.Attribute) and node.attr == "__hash__"
+    return dunder or (isinstance(node, ast.Name) and node.id in ("id", "hash"))
+
+
+def _of_tasks(node: ast.AST) -> bool:
+    """What `asyncio.wait` returns is two sets: it may be waited for, and not looked at."""
+    if not isinstance(node, ast.Assign | ast.AnnAssign | ast.NamedExpr | ast.For | ast.comprehension | ast.Return):
+        return False
+    return "asyncio.wait(" in ast.unparse(node.iter if isinstance(node, ast.For | ast.comprehension) else node)
+
+
+def _inside_asyncio(node: ast.AST) -> bool:
+    """Modules that asyncio has imported: the clock, among others."""
+    inner = node.value if isinstance(node, ast.Attribute) else None
+    outside = isinstance(inner, ast.Attribute) and ast.unparse(inner.value) == "asyncio"
+    return outside and isinstance(inner, ast.Attribute) and inner.attr.islower()
 
 
 def _of_keys(node: ast.AST) -> bool:
@@ -57,7 +73,7 @@ def _of_keys(node: ast.AST) -> bool:
 def main(folder: str) -> int:
     """Say where; the exit status."""
     found = [
-        f"{path}:{line}: a set of what are not numbers has no order that is the same in every run: use a dict or a tuple"
+        f"{path}:{line}: this has no order, or no value, that is the same in every run: use a dict, a tuple, the machine"
         for path in sorted(Path(folder).rglob("*.py"))
         for line in sorted(set(unordered(ast.parse(path.read_text()))))
     ]

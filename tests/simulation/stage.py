@@ -27,6 +27,8 @@ from tests.simulation.model import PAGE, Handle, Memory
 
 STEPS_MAX = 10_000
 """An operation that takes more does not settle."""
+UNKNOWN = ("can't be asked for", "is not known to be done")
+"""How a write may end after which the file can't be asked for its version."""
 ATTEMPTS_MAX = 10
 """An access that was woken so often, and still does not get its page, never will."""
 EVERY_TIME = 1 << 40
@@ -129,6 +131,9 @@ class Stage(RuleBasedStateMachine):
             for memory in self.memories:
                 if what == "sync" and memory.disk is not None and memory.disk.name == name:
                     memory.failed()
+                if what == "write" and memory.disk is not None and memory.disk.name == name and option.how in UNKNOWN:
+                    # Nobody knows which version the file is in: it may as well be another's.
+                    memory.foreign = memory.is_open
 
     # --- clients
 

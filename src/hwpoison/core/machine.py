@@ -291,6 +291,10 @@ class Machine(Protocol):
         """Seconds since the epoch."""
 
     @property
+    def publish_at_once_bytes(self) -> int:
+        """Up to so much is published on the event loop (`Store.publish`); more would hold up other clients' faults."""
+
+    @property
     def io_seconds_max(self) -> float:
         """How long somebody may sleep in a fault because of a file."""
 

@@ -19,9 +19,6 @@ from hwpoison.core.records import Outcome, Source, State
 from hwpoison.core.writeback import write_back_some
 from hwpoison.errors import PoisonError
 
-PUBLISH_AT_ONCE_BYTES = 64 << 10
-"""Up to so much is published on the event loop; more would hold up other clients' faults."""
-
 FRESH_READS = 10
 """How often a page is read that is to be had in whatever version, while others change the file."""
 
@@ -96,7 +93,7 @@ def drop(books: Books, object_: MemoryObject, first: int, count: int) -> None:
 
 async def _publish(books: Books, object_: MemoryObject, first: int, count: int, content: Content, flags: int = 0) -> None:
     try:
-        if count <= object_.pages_in(PUBLISH_AT_ONCE_BYTES):
+        if count <= object_.pages_in(books.machine.publish_at_once_bytes):
             object_.store.publish(first, content)
         else:
             await object_.store.fill(first, content)

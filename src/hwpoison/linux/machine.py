@@ -34,6 +34,7 @@ class LinuxMachine:
 
     page_size = PAGE_SIZE
     large_frame_bytes = frames.large_frame_bytes()
+    publish_at_once_bytes = 64 << 10
 
     def __init__(
         self,

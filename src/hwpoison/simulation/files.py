@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from hwpoison.simulation.machine import SimulatedMachine
 
 
+PREFIX = b"outside!"
+"""What is in a world's file before the object's bytes: nobody may change it."""
+FILE_OFFSET = len(PREFIX)
+
+
 @dataclass(slots=True, eq=False)
 class Disk:
     """A file as all see it. `times` counts its changes; `durable` is what it is after a loss of power: what was synced.
@@ -106,6 +111,11 @@ class SimulatedFile:
                 error = OSError(code, "write fails")
             return Written(before, self.disk.identity(), error)
 
+        def unknown(part: int) -> None:
+            # The file can't be asked, before or afterwards, which version it is in.
+            write(part)
+            self._machine.fail("write fails", errno.ESTALE)
+
         if not self.disk.writable:
             return write(0, errno.EBADF)
         endings: list[tuple[str, Callable[[], Any]]] = [("done", lambda: write(len(data)))]
@@ -113,6 +123,8 @@ class SimulatedFile:
             endings += [
                 ("fails", lambda: write(0, errno.ENOSPC)),
                 ("fails half way", lambda: write(len(data) // 2, errno.ENOSPC)),
+                ("can't be asked for", lambda: unknown(0)),
+                ("is not known to be done", lambda: unknown(len(data))),
             ]
         what = f"write {self.disk.name} {offset}"
         written: Written = await self._machine.slow(what, (self.disk, offset, len(data)), data, endings)

@@ -186,6 +186,7 @@ class Fingerprint:
             tuple([(one.number, wrong) for one, wrong in expectation._told_of.items()]),
             tuple([(one.number, tuple(sorted(dirty))) for one, dirty in expectation._dirty.items()]),
             tuple(sorted(expectation._unsynced)), expectation.unheard, self._world.loop.time() > 0,
+            tuple(sorted(expectation.elsewhere)), expectation.collapsed,
             tuple(sorted(expectation.struck)), tuple(sorted([self._frame(one) for one in expectation.named])),
         )  # fmt: skip
 

@@ -99,6 +99,9 @@ COMPARED = (
     ("read-only", "absent", ("read", "report")),
     ("read-only", "absent", ("read", "report", "report")),
     ("writable", "dirty", ("flush", "report")),
+    ("writable", "dirty", ("flush", "kernel poison")),
+    ("read-only", "absent", ("lose elsewhere", "read")),
+    ("anonymous", "lost", ("read", "read")),
     ("writable", "dirty", ("evict", "read")),
     ("writable", "dirty", ("flush twice",)),
     ("writable", "dirty", ("flush twice", "report")),
@@ -193,6 +196,8 @@ def compare(name: str, schedules_max: int) -> list[Comparison]:
             )
             for kind, states, operations in COMPARED_DYING
         ]
+        # A window of two pages.
+        scenarios.append(Scenario("read-only", ("absent",) * 3, (), worker=(), clients=((("read", 0), ("read", 1)),)))
         scenarios += [
             Scenario(
                 "writable",

@@ -15,6 +15,7 @@ from hwpoison.core.mappings import Client, Mapping
 from hwpoison.core.objects import Loss
 from hwpoison.core.pages import DIRTY, LOST, POISONED, PRESENT, WRITEBACK
 from hwpoison.core.records import Failure, Notice, Outcome, Report, State
+from hwpoison.simulation.files import FILE_OFFSET, PREFIX
 from hwpoison.simulation.memory import HWPOISON, PAGE, POISON, SimulatedStore
 from hwpoison.simulation.processes import Process
 
@@ -60,6 +61,10 @@ class Expectation:
         """Pages that somebody has said are bad, or whose frames are."""
         self.named: set[int] = set()
         """Frames that somebody has said are bad, by their number."""
+        self.collapsed = False
+        """There was a large frame."""
+        self.elsewhere: set[int] = set()
+        """Pages of which the file does not hold what it should: another object over it has lost that."""
         self._reviving: list[int] = [0] * count
         self._reporting: list[int] = [0] * count
 
@@ -70,11 +75,11 @@ class Expectation:
 
     def _on_disk(self, page: int) -> bytes:
         size = self.world.object.page_size
-        return self.world.disk.content[page * size : (page + 1) * size] if self.world.disk is not None else b""
+        return self.world.disk.content[FILE_OFFSET:][page * size : (page + 1) * size] if self.world.disk is not None else b""
 
     def _durable(self, page: int) -> bytes:
         size = self.world.object.page_size
-        return self.world.disk.durable[page * size : (page + 1) * size] if self.world.disk is not None else b""
+        return self.world.disk.durable[FILE_OFFSET:][page * size : (page + 1) * size] if self.world.disk is not None else b""
 
     # --- what is done to the memory
 
@@ -141,6 +146,10 @@ class Expectation:
             # A frame that is said to be bad, and that nobody holds, is given out again.
             self.struck.add(page)
         expected = self.history[page][-1]
+        if page in self.elsewhere and not (self._may[page] or self._fresh[page]):
+            self.fail(
+                f"What the file does not hold, as another object over it has lost that, is not read from it: page {page}."
+            )
         changed = [become(expected) for become in self._may[page]]
         if self._fresh[page]:
             changed += [*self._was[page], self._on_disk(page)] if self.world.disk is not None else [bytes(len(expected))]
@@ -313,7 +322,7 @@ class Expectation:
         object_, disk = self.world.object, self.world.disk
         if disk is None:
             return
-        for page in sorted({at // object_.page_size for at in disk.given_up}):
+        for page in sorted({(at - FILE_OFFSET) // object_.page_size for at in disk.given_up}):
             flags = object_.pages.flags[page] if page < object_.pages.count else 0
             if not flags & DIRTY and not (flags & PRESENT and page in dirty):
                 self._unsynced.add(page)
@@ -321,8 +330,14 @@ class Expectation:
 
     def not_written(self, mapping: Mapping) -> None:
         """It was told that not everything could be written. What else it is owed it is owed still."""
-        *_, calm = self._flushes.pop(mapping)
+        begun, *_, calm = self._flushes.pop(mapping)
         self._look_at_given_up(self._dirty.pop(mapping))
+        if not (self.world.machine.went_wrong["write fails"] or self.foreign):
+            for page, known in enumerate(begun):
+                found = self.world.store.pages[page]
+                well = known >= 0 and found is not None and not found.bad and page not in self.world.object.losses
+                if well and self._on_disk(page) not in self.history[page][known:]:
+                    self.fail(f"A page that can't be written keeps no other one from the file: page {page}.")
         if self._gone_wrong()[0] <= calm[0] and not self.world.store.has_bad() and not self.foreign:
             self.fail("flush() fails to write only where something goes wrong.")
 
@@ -429,7 +444,11 @@ class Expectation:
     def _look_at_loss(self, page: int, loss: Loss) -> None:
         """Nothing is declared lost that could be had back; a large frame that can't be split takes what is beside."""
         world = self.world
+        if page in self.elsewhere:
+            return
         if loss.outcome is Outcome.FAILED:
+            if not self.collapsed:
+                self.fail(f"Nothing is given up whole that is not one large frame: page {page}.")
             return
         if loss.state is not State.CLEAN_FILE and page not in self.struck:
             self.fail(f"Nothing is lost that nobody has said is bad: page {page}.")
@@ -505,6 +524,8 @@ class Expectation:
         world, object_ = self.world, self.world.object
         if object_.locks.busy:
             self.fail("No lock is lost.")
+        if world.disk is not None and not world.disk.content.startswith(PREFIX[: len(world.disk.content)]):
+            self.fail("Of the file, nothing is written that is not the object's.")
         if object_.backing is not None and (object_.backing.writing or object_.backing.turn.locked()):
             self.fail("No turn at the file is lost.")
         if world.manager.reclaim._files.coming or world.manager.reclaim._anonymous.coming:

@@ -232,6 +232,8 @@ class SimulatedMachine:
         return 0.0
 
     io_seconds_max = 0.0
+    publish_at_once_bytes = 1
+    """One page at once: what is more goes the other way."""
 
     async def in_time(self, story: Awaitable[Result]) -> Result:
         """A file that does not answer in time is one that fails: that is one of the things that go wrong here."""

@@ -43,7 +43,7 @@ AT_ONCE = {"absent": ("read", "read guarded", "attach", "evict")}
 everything is as with a file that is not cached, schedule by schedule."""
 APART = (
     "read guarded twice", "flush twice", "attach and flush", "frame report", "move", "read in a call",
-    "request to write across",
+    "request to write across", "lose elsewhere",
 )  # fmt: skip
 """Operations that are explored beside a few others, and not in pairs with all of them."""
 
@@ -89,6 +89,9 @@ def apart() -> Iterator[Scenario]:
         # A page moves to another frame beside what names it by its frame, and a call beside what takes it away.
         for first, second in (("frame report", "move"), ("frame report", "evict"), ("read in a call", "report")):
             yield Scenario(kind, (state,), ((first, 0), (second, 0)))
+        if kind == "read-only":
+            for beside in ("read", "read guarded", "report", "hardware", "evict", "prefetch", "discard"):
+                yield Scenario(kind, (state,), (("lose elsewhere", 0), (beside, 0)))
         # The last client goes: nobody else has the object.
         for operation in operations:
             if not operation.startswith("attach"):
@@ -119,9 +122,13 @@ def apart() -> Iterator[Scenario]:
     yield Scenario("writable", ("dirty",), lost, worker=())
     # A request that holds the only page that could make room for it.
     yield Scenario("writable", ("dirty", "absent"), (("request to write across", 0),), worker=(), limit=1)
-    # What one page's write-back does to the reading of another.
+    # What one page's write-back does to the reading of another, and that of one which others have changed.
     for first in ("flush", "write back"):
         yield Scenario("writable", ("dirty", "absent"), ((first, 0), ("read", 1)), worker=())
+        yield Scenario("writable", ("dirty", "absent"), ((first, 0), ("change", 1), ("read", 1)), worker=())
+    # A page that can't be written, beside others.
+    for first in ("hardware", "kernel poison"):
+        yield Scenario("writable", ("dirty", "dirty", "dirty"), ((first, 1), ("flush", 0)), worker=())
     # Of a large frame that is given up, everybody is told.
     for kind in ("anonymous", "read-only"):
         yield Scenario(kind, ("present", "present"), (("report", 0), ("collapse", 0), ("read", 1)))
@@ -177,6 +184,8 @@ def deaths() -> Iterator[Scenario]:
 def restarts(successors: int = 1) -> Iterator[Scenario]:
     """As `deaths`, and another manager takes over; all but the last one may die too."""
     for one in deaths():
+        if one.operations[0][0] == "lose elsewhere":
+            continue  # A successor finds one object here.
         # What takes a page away may take its marker too.
         budget = (("marker lost", 1),) if one.operations[0][0] == "evict" else ()
         yield replace(one, successors=successors, budget=budget)

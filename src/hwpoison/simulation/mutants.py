@@ -251,6 +251,46 @@ MUTANTS = (
         "            if range_ not in self._held:\n",
     ),
     Mutant(
+        "what another object has lost meanwhile is read from the file", "a reader's refutation: no second look",
+        "stale content is shown as what was last written", RECOVERY,
+        "            # Changes to it may have been lost while it was read.\n"
+        "            _none_lost_elsewhere(books, object_, offset, nbytes)\n", "",
+    ),
+    Mutant(
+        "a file that can't be asked has been written", "a reader's refutation: fstat fails, beside the write",
+        "flush() says that all is well, and the page is clean", WRITEBACK,
+        "                books.record(\"error\", object_, detail=backing.changed)\n            return error\n",
+        "                books.record(\"error\", object_, detail=backing.changed)\n            return None\n",
+    ),
+    Mutant(
+        "a window counts as there before it is", "a reader's refutation: flags before the pages",
+        "pages are said to be present, and are not", RECOVERY,
+        "            await object_.store.fill(first, content)\n", "            pass\n",
+    ),
+    Mutant(
+        "every page is taken for a part of a large frame", "a reader's refutation: clean neighbours lost without need",
+        "pages that the file has are lost, and the bad frame goes back", FAILURE,
+        "    frame = isolate(handling.object, handling.page, handling.place.pfn)\n", "    frame = None\n",
+    ),
+    Mutant(
+        "the marker goes to another process's address", "a reader's refutation: all processes had one address in simulation",
+        "who sleeps at the loss is never answered", POLICY,
+        "    address = mapping.address_of(page)\n    with",
+        "    address = object_.mappings.covering(page)[0].address_of(page)\n    with",
+    ),
+    Mutant(
+        "a cached file is read from its begin", "a reader's refutation: the object's offset in the file is forgotten",
+        "another part of the file is shown", FAULTS,
+        "        found = backing.file.read_cached(backing.offset + page * object_.page_size, nbytes)",
+        "        found = backing.file.read_cached(page * object_.page_size, nbytes)",
+    ),
+    Mutant(
+        "a bad page keeps its neighbours from the file", "a reader's refutation, and once a bug of ours",
+        "flush() fails for pages that are well", WRITEBACK,
+        "            if length > 1:\n"
+        "                copies += _copied(object_, [(page, 1) for page in range(start, start + length)])[0]\n", "",
+    ),
+    Mutant(
         "a loss shown as zeros is not counted", "linux-facts 19: the manager records the hit, then answers",
         "a guard ends as if its zeros were the content", POLICY,
         "            mapping.hits.hit()\n", "",
@@ -416,6 +456,13 @@ _KNOWN_CELLS = {
     "what a request has put in is clean to the next manager": "writable absent: request to write 0 and the manager dies",
     "a write of the dead manager is somebody else's": "writable dirty absent: flush 0, read 1 and the manager dies",
     "a loss shown as zeros is not counted": "anonymous absent: read guarded 0, report 0",
+    "what another object has lost meanwhile is read from the file": "read-only absent: lose elsewhere 0, read 0",
+    "a file that can't be asked has been written": "writable lost: repair 0, flush 0",
+    "a window counts as there before it is": "writable absent absent absent: read 2",
+    "every page is taken for a part of a large frame": "read-only present: report 0, report 0",
+    "the marker goes to another process's address": "read-only lost: read 0, hardware 0",
+    "a cached file is read from its begin": "cached absent: read 0, evict 0",
+    "a bad page keeps its neighbours from the file": "writable dirty dirty: flush 0, kernel poison 1",
 }
 
 

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from hwpoison.core import recovery, writeback
 from hwpoison.core.mappings import Mapping
-from hwpoison.core.records import Report, Source
+from hwpoison.core.objects import Backing, Loss
+from hwpoison.core.records import Outcome, Report, Source, State
 from hwpoison.errors import PoisonError
+from hwpoison.simulation.files import FILE_OFFSET, SimulatedFile
 from hwpoison.simulation.scenario import Step
 
 if TYPE_CHECKING:
@@ -161,27 +163,44 @@ async def _write_back(world: World, page: int) -> None:
     await writeback.write_back_some(world.manager, world.object, 1)
 
 
+async def _lose_elsewhere(world: World, page: int) -> None:
+    """Another object over the same bytes of the file, which somebody has written to, loses what was written."""
+    manager, disk = world.manager, world.disk
+    assert disk is not None
+    identity = disk.identity()
+    if "elsewhere" not in [one.name for one in manager.objects()]:
+        backing = Backing(SimulatedFile(world.machine, disk), FILE_OFFSET, True, identity)
+        manager.hold(manager._create("elsewhere", world.object.nbytes, backing))
+    other = manager.find("elsewhere")
+    async with other.locks.hold(page):
+        if page not in other.losses:
+            loss = Loss(manager.new_event_id(), State.DIRTY_FILE, Outcome.RECOVERED, "")
+            recovery.lose(manager, other, page, loss)
+            world.expectation.elsewhere.add(page)
+
+
 STORIES: dict[str, Callable[[World, int], Coroutine[Any, Any, None]]] = {
     "report": _report,
     "hardware": _hardware,
     "frame report": _frame_report,
     "evict": _evict,
     "write back": _write_back,
+    "lose elsewhere": _lose_elsewhere,
 }
 
 
 def _truncate(world: World, page: int) -> None:
     assert world.disk is not None
-    end = len(world.disk.content) // PAGE_SIZE
+    end = (len(world.disk.content) - FILE_OFFSET) // PAGE_SIZE
     world.expectation.changed_by_others(range(min(page, end), len(world.expectation.history)))
-    world.disk.truncate(page * PAGE_SIZE)
+    world.disk.truncate(FILE_OFFSET + page * PAGE_SIZE)
 
 
 def _change(world: World, page: int) -> None:
     assert world.disk is not None
-    end = len(world.disk.content) // PAGE_SIZE
+    end = (len(world.disk.content) - FILE_OFFSET) // PAGE_SIZE
     world.expectation.changed_by_others(range(min(page, end), page + 1))
-    world.disk.change(page * PAGE_SIZE, token(99))
+    world.disk.change(FILE_OFFSET + page * PAGE_SIZE, token(99))
 
 
 def _collapse(world: World, page: int) -> None:
@@ -191,6 +210,7 @@ def _collapse(world: World, page: int) -> None:
     pages = world.store.pages[number * unit : (number + 1) * unit]
     if len(pages) == unit and None not in pages:
         world.store.large.add(number)
+        world.expectation.collapsed = True
 
 
 def _kernel_poison(world: World, page: int) -> None:
@@ -250,6 +270,9 @@ _FILES = ("truncate", "change", "flush", "flush twice", "attach and flush", "wri
 
 def applies(kind: str, operation: str) -> bool:
     """True if there is such an operation on such an object."""
+    if operation == "lose elsewhere":
+        # What another one has lost may be what this one has written since: there is no telling.
+        return kind == "read-only"
     if kind == "anonymous":
         return operation not in _FILES
     return kind != "read-only" or operation not in _WRITING

@@ -83,7 +83,8 @@ class Process:
     def map(self, store: SimulatedStore, *, private: bool = False, protected: bool = False, registered: bool = True) -> Area:
         """A new mapping of the whole object."""
         last = self.areas[-1] if self.areas else None
-        address = BASE if last is None else last.address + (last.count + 1) * store.size
+        # Each process has it somewhere else.
+        address = BASE * self.pid if last is None else last.address + (last.count + 1) * store.size
         area = Area(self, store, address, len(store.pages), private, protected, registered)
         if protected:
             area.entries = dict.fromkeys(range(area.count), (WATCHED, True))

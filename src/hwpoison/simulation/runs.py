@@ -14,9 +14,10 @@ from hwpoison.core.machine import Telling
 from hwpoison.core.pages import DIRTY, LOST, POISONED, PRESENT, WRITEBACK
 from hwpoison.simulation.choices import Choices, DivergedError
 from hwpoison.simulation.explore import LIVELOCK, STEPS_MAX, Repeats, abandon, run
+from hwpoison.simulation.files import FILE_OFFSET
 from hwpoison.simulation.loop import Mode
 from hwpoison.simulation.matrix import BUDGETS, STATES
-from hwpoison.simulation.operations import DYING, OPERATIONS, applies
+from hwpoison.simulation.operations import DYING, OPERATIONS, SCRIPTS, applies
 from hwpoison.simulation.scenario import Scenario
 from hwpoison.simulation.world import World
 
@@ -64,6 +65,11 @@ def load(path: Path) -> SavedRun:
             if not 0 <= page < len(scenario.states):
                 raise ValueError(f"it has an operation on page {page} of {len(scenario.states)}")
         for script in scenario.clients:
+            names = {name for name, _ in script}
+            if not names <= SCRIPTS.keys():
+                raise ValueError(f"it has a client that does {', '.join(map(repr, sorted(names - SCRIPTS.keys())))}")
+            if names & {"write", "die"} and names & {"read guarded", "read guarded twice"}:
+                raise ValueError("it has a client that writes and guards: each has one view")
             # As in `seeded`: it comes first or is there, and goes last.
             if any(name.startswith("attach") for name, _ in script[1:]) or any(name in LEAVING for name, _ in script[:-1]):
                 raise ValueError(
@@ -158,7 +164,7 @@ def _pages(world: World) -> str:
             words.append(f"frame {found.number}{' (bad)' if found.bad else ''} holds {_short(found.content)}")
         if world.disk is not None:
             size = world.object.page_size
-            words.append(f"the file {_short(world.disk.content[page * size : (page + 1) * size])}")
+            words.append(f"the file {_short(world.disk.content[FILE_OFFSET:][page * size : (page + 1) * size])}")
         told.append(f"page {page}: {', '.join(words)}")
     return "; ".join(told)
 

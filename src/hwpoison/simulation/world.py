@@ -18,7 +18,7 @@ from hwpoison.core.records import Failure, Notice, Outcome, Report, State
 from hwpoison.core.takeover import take_over
 from hwpoison.simulation.agents import Agent
 from hwpoison.simulation.choices import ALL, MANAGER, Choices, Control, Event, Happening
-from hwpoison.simulation.files import Disk, SimulatedFile
+from hwpoison.simulation.files import FILE_OFFSET, PREFIX, Disk, SimulatedFile
 from hwpoison.simulation.invariants import Expectation
 from hwpoison.simulation.liveness import Liveness
 from hwpoison.simulation.loop import Mode, SimulationLoop
@@ -118,12 +118,12 @@ class World:
         pages = len(self.scenario.states)
         if self.scenario.kind == "anonymous":
             return self.manager.allocate(pages * PAGE_SIZE, NAME)
-        content = b"".join([token(1 + page) for page in range(pages)])
+        content = PREFIX + b"".join([token(1 + page) for page in range(pages)])
         kind = self.scenario.kind
         self.disk = self.machine.disk("file", content, writable=kind != "read-only", cached=kind == "cached")
         file = SimulatedFile(self.machine, self.disk)
-        backing = Backing(file, 0, self.disk.writable, self.disk.identity())
-        return self.manager._create(NAME, len(content), backing)
+        backing = Backing(file, FILE_OFFSET, self.disk.writable, self.disk.identity())
+        return self.manager._create(NAME, pages * PAGE_SIZE, backing)
 
     def _populate(self) -> None:
         scenario = self.scenario
