@@ -53,6 +53,13 @@ class Hello(Message):
     version: int = VERSION
 
 
+class Device(Message):
+    """/dev/userfaultfd, open: whoever has that makes userfaultfds without limits. May be asked before Hello.
+
+    Reply: `Done`, with the descriptor.
+    """
+
+
 class AddChannel(Message):
     """Descriptor: one end of a socket pair, another channel for requests. Reply, on that: `Added`."""
 
@@ -403,8 +410,8 @@ class Elsewhere(Message):
 
 
 Request = (
-    Hello | AddChannel | Listen | Invite | Join | Standing | Allocate | Open | Unlink | Attach | Map | Unmap | Write
-    | Prefetch | Repair | Discard | Lost | Met | Flush | ReportPage | ListObjects | GetStatistics | SyncLog | Restart
+    Hello | Device | AddChannel | Listen | Invite | Join | Standing | Allocate | Open | Unlink | Attach | Map | Unmap
+    | Write | Prefetch | Repair | Discard | Lost | Met | Flush | ReportPage | ListObjects | GetStatistics | SyncLog | Restart
     | Goodbye
 )  # fmt: skip
 Reply = (

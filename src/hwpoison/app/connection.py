@@ -122,7 +122,7 @@ class Connection:
         fds: list[int] = []
         try:
             if self.maps:
-                self.userfaultfd = open_userfaultfd((NEEDED | Feature.POISON) & ~self._without)
+                self.userfaultfd = self._open_userfaultfd()
                 # Kept until `close`: mappings may outlive all objects of ours, and need it if the manager is killed.
                 self.descriptor = Descriptor(self.userfaultfd.fd, kept=True)
                 self._lifeline = Lifeline()
@@ -145,6 +145,24 @@ class Connection:
             self.words = memoryview(mmap.mmap(board[0], 0)).cast("Q")
             os.close(board[0])
         return reply, reply.pid
+
+    def _open_userfaultfd(self) -> Opened:
+        """One without limits if this process may, or by what the manager may."""
+        wanted = (NEEDED | Feature.POISON) & ~self._without
+        opened = open_userfaultfd(wanted)
+        if opened.user_mode:
+            reply, fds = self._exchange(self._control, protocol.Device())
+            try:
+                if isinstance(reply, protocol.Done) and fds:
+                    full = open_userfaultfd(wanted, fds[0])
+                    os.close(opened.fd)
+                    opened = full
+            except OSError:
+                pass  # It is no device that this kernel knows. What there is works too, within limits.
+            finally:
+                for fd in fds:
+                    os.close(fd)
+        return opened
 
     # --- in a forked child
 

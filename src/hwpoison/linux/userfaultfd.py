@@ -78,13 +78,13 @@ class Opened(NamedTuple):
     user_mode: bool
 
 
-def open_userfaultfd(wanted: Feature = NEEDED | Feature.POISON) -> Opened:
+def open_userfaultfd(wanted: Feature = NEEDED | Feature.POISON, device: int | None = None) -> Opened:
     """A new userfaultfd of this process with what this kernel has of `wanted`.
 
-    Tried in this order: the device, the system call (root), the system call in user mode. Raises `UnsupportedError` that
-    says what to do.
+    Tried in this order: the device, the system call (root), the system call in user mode; or only `device`, which somebody
+    has opened who may. Raises `UnsupportedError` that says what to do, and OSError if that is none.
     """
-    fd, user_mode = _open()
+    fd, user_mode = _open() if device is None else (_by(device), False)
     try:
         features = features_of_kernel() & wanted
         fcntl.ioctl(fd, _IOC_API, struct.pack("QQQ", API, features, 0))
@@ -118,11 +118,20 @@ def _open() -> tuple[int, bool]:
 
 def open_by_device() -> int:
     """A new userfaultfd by the device: whoever may open that gets one with no limits. Raises OSError."""
-    device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    device = open_device()
     try:
-        return fcntl.ioctl(device, _IOC_NEW, OPEN_FLAGS)
+        return _by(device)
     finally:
         os.close(device)
+
+
+def open_device() -> int:
+    """The device itself: the right to open it is all that is needed, whoever uses it then. Raises OSError."""
+    return os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+
+
+def _by(device: int) -> int:
+    return fcntl.ioctl(device, _IOC_NEW, OPEN_FLAGS)
 
 
 def _unsupported(error: OSError) -> UnsupportedError:

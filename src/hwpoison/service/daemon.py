@@ -48,6 +48,8 @@ class Options:
     without: Feature = NO_FEATURE
     policy: Policy = Policy.LATE
     io_limit: float = IO_SECONDS_MAX
+    users: tuple[int, ...] = ()
+    """Who is served beside its own user and root."""
 
     def arguments(self) -> list[str]:
         """Of this module's command line."""
@@ -60,6 +62,7 @@ class Options:
             given.append("--offline-foreign")
         if self.without:
             given += ["--without", str(self.without.name)]
+        given += [part for user in self.users for part in ("--user", str(user))]
         return [*given, "--policy", self.policy, "--io-limit", str(self.io_limit)]
 
 
@@ -70,6 +73,7 @@ def serve(
     offline_foreign: bool = False,
     policy: Policy = Policy.LATE,
     io_limit: float = IO_SECONDS_MAX,
+    users: tuple[int, ...] = (),
 ) -> int:
     """Serve at `socket_path` (a path, or @name for an abstract address) until SIGTERM or SIGINT; the exit status.
 
@@ -86,10 +90,11 @@ def serve(
         offline_foreign=offline_foreign,
         policy=policy,
         io_limit=io_limit,
+        users=users,
     )
     # Said here, to who has called this, and not by the manager.
     os.close(open_userfaultfd().fd)
-    return _keep(options, {LISTENER: _listen(socket_path).detach()})
+    return _keep(options, {LISTENER: _listen(socket_path, others=bool(users)).detach()})
 
 
 def _keep(options: Options, held: keeper.Held, first: socket.socket | None = None) -> int:
@@ -134,13 +139,15 @@ def _unlink(path: str) -> None:
         os.unlink(path)
 
 
-def _listen(address: str) -> socket.socket:
+def _listen(address: str, *, others: bool = False) -> socket.socket:
+    """The socket at the address. `others`: other users can reach it too."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         with _alone_at(address):
             if not address.startswith("@") and os.path.exists(address):
                 _remove_stale(address)
-            old_mask = os.umask(0o177)
+            # Whoever else may connect is looked at when they do.
+            old_mask = os.umask(0o111 if others else 0o177)
             try:
                 listener.bind(protocol.address_of(address))
             finally:
@@ -237,6 +244,7 @@ async def _serve(
         memory_limit=options.memory_limit,
         offline_foreign=options.offline_foreign,
         policy=options.policy,
+        users=options.users,
     )
     loop = asyncio.get_running_loop()
     for number in keeper.SIGNALS:
@@ -294,6 +302,7 @@ def main() -> int:
     parser.add_argument("--without", type=Feature.__getitem__, default=NO_FEATURE)
     parser.add_argument("--policy", type=Policy, default=Policy.LATE)
     parser.add_argument("--io-limit", type=float, default=IO_SECONDS_MAX)
+    parser.add_argument("--user", type=int, action="append", default=[])
     given = parser.parse_args()
     logging.basicConfig(format="hwpoison manager: %(message)s")
     if given.reads_journal is not None:
@@ -302,7 +311,7 @@ def main() -> int:
         return int(given.reads_journal != FORMAT)
     options = Options(
         given.address, given.private or given.channel is not None, given.memory_limit, given.offline_foreign, given.without,
-        given.policy, given.io_limit,
+        given.policy, given.io_limit, tuple(given.user),
     )  # fmt: skip
     if given.adopt is not None:
         _become_keeper()

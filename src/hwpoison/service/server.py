@@ -13,7 +13,7 @@ import signal
 import socket
 import struct
 import sys
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Collection, Coroutine, Iterable
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -60,10 +60,12 @@ class Server:
         memory_limit: int | None,
         offline_foreign: bool,
         policy: Policy,
+        users: Collection[int],
     ) -> None:
         self.machine = machine
         self.instance = instance
         self.address = address
+        self._users = {os.geteuid(), 0, *users}
         self.policy = policy
         """When clients that have none of their own are told."""
         self.sessions_of: dict[int, Session] = {}
@@ -271,8 +273,9 @@ class Server:
         """A client, if it may be one."""
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         pid, uid, _ = struct.unpack("3i", credentials)
-        if uid not in (os.geteuid(), 0):
-            _refuse(connection, PermissionError(f"this manager serves user {os.geteuid()} and root, not user {uid}"))
+        if uid not in self._users:
+            named = "".join(f", {one}" for one in sorted(self._users - {os.geteuid(), 0}))
+            _refuse(connection, PermissionError(f"this manager serves user {os.geteuid()}{named} and root, not user {uid}"))
             return
         session = Session(self, connection, pid)
         self._sessions.add(session)

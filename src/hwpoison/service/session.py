@@ -257,13 +257,16 @@ class Session:
     ) -> tuple[protocol.Message | None, list[int]]:
         """The reply (None if it has gone another way) and its descriptors, which are the caller's to close; so are those of
         `fds` that are left in it."""
-        if not self.number and not isinstance(request, protocol.Hello):
+        if not self.number and not isinstance(request, (protocol.Hello, protocol.Device)):
             raise ConnectionError("the first message must be Hello")
         if isinstance(request, (protocol.Hello, protocol.Allocate, protocol.Open)):
             self.server.descriptors.require()
         match request:
             case protocol.Hello():
                 return self._hello(request, fds)
+            case protocol.Device():
+                self.server.descriptors.require()
+                return protocol.Done(), [userfaultfd.open_device()]
             case protocol.AddChannel() | protocol.Listen() | protocol.Invite():
                 self._add_channel(request, fds)
                 return None, []
