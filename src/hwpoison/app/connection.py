@@ -92,6 +92,7 @@ class Connection:
         self.socket_name = socket_name
         self.maps = maps
         self._without = without
+        self._refusal: protocol.Failed | None = None
         self.userfaultfd: Opened | None = None
         self.words: memoryview | None = None
         self.descriptor: Descriptor | None = None
@@ -139,6 +140,8 @@ class Connection:
             if self._lifeline is not None:
                 self._lifeline.close()
             if isinstance(error, (EOFError, ConnectionResetError, BrokenPipeError)):
+                if self._refusal is not None:
+                    raise protocol.error_of(self._refusal) from None
                 raise NoWelcomeError(f"no manager answers at {socket_name}: {error}") from error
             raise
         if board:
@@ -152,6 +155,9 @@ class Connection:
         opened = open_userfaultfd(wanted)
         if opened.user_mode:
             reply, fds = self._exchange(self._control, protocol.Device())
+            if isinstance(reply, protocol.Failed):
+                # That it can't give one; or, if it hangs up then, that it does not serve this user.
+                self._refusal = reply
             try:
                 if isinstance(reply, protocol.Done) and fds:
                     full = open_userfaultfd(wanted, fds[0])
