@@ -155,8 +155,8 @@ class Connection:
         opened = open_userfaultfd(wanted)
         if opened.user_mode:
             reply, fds = self._exchange(self._control, protocol.Device())
-            if isinstance(reply, protocol.Failed):
-                # That it can't give one; or, if it hangs up then, that it does not serve this user.
+            if isinstance(reply, protocol.Failed) and not reply.errno:
+                # Not that the device can't be opened: it does not serve this user, and hangs up.
                 self._refusal = reply
             try:
                 if isinstance(reply, protocol.Done) and fds:
