@@ -212,7 +212,7 @@ def test_a_handler_that_returns_is_called_again_until_the_page_is_repaired_or_it
 def test_a_process_that_is_stopped_holds_nobody_up_and_is_told_when_it_goes_on(manager: hwpoison.Manager) -> None:
     code = """
 told = []
-memory.on_failure(lambda notice: say(["told", notice.offset]))
+memory.on_failure(lambda notice: notice.offset == 3 * mmap.PAGESIZE and say(["told", notice.offset]))
 """
     with Child(ATTACH + code + TOUCH, manager.socket) as child:
         child.hear()

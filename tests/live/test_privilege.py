@@ -138,7 +138,7 @@ with hwpoison.connect(sys.argv[1], maps=False) as manager:
 SHARED = """
 import sys, hwpoison
 with hwpoison.Manager() as manager:
-    manager.allocate(4096, name="table")
+    table = manager.allocate(4096, name="table")
     print(manager.socket, flush=True)
     sys.stdin.read()
 """
