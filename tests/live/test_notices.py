@@ -141,11 +141,13 @@ def test_an_owner_that_reads_late_is_told_first_of_losses_before_it_attached_tha
         before = strike(manager, late, 0)
         assert before.victims == (os.getpid(),)
         slow.ask("late")
-        # The thread has the first one of the table in its hands.
-        expected.insert(1, before)
         expected += [strike(manager, late, 1), strike(manager, table, pages - 1), strike(manager, late, 2)]
         slow.ask("go on")
-        assert told_up_to(expected[-1], slow, place) == [as_told(one) for one in expected]
+        told = told_up_to(expected[-1], slow, place)
+        # When the thread has heard of the other memory, between two of this one's, is not known.
+        of_table = [as_told(one) for one in expected if one.name == "table"]
+        assert [one for one in told if one[1] == "table"] == of_table
+        assert [one for one in told if one[1] == "late"] == [as_told(before), as_told(expected[-3]), as_told(expected[-1])]
         slow.tell()
         assert slow.wait() == 0
 
@@ -170,7 +172,7 @@ def test_a_function_is_called_once_for_what_was_lost_before_and_not_for_another_
     told: list[str] = []
     table.on_failure(lambda notice: told.append(notice.event_id))
     expected.append(strike(manager, table, 1).event_id)
-    table.on_failure(lambda _: last.set())
+    table.on_failure(lambda notice: last.set() if notice.offset == 2 * PAGE_SIZE else None)
     expected.append(strike(manager, table, 2).event_id)
     go_on.set()
     assert last.wait(SECONDS_MAX)

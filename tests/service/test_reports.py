@@ -113,10 +113,11 @@ def test_a_manager_without_objects_says_so(manager: hwpoison.Manager) -> None:
 
 @live
 def test_a_name_cannot_act_on_the_terminal(manager: hwpoison.Manager) -> None:
-    manager.allocate(PAGE, name="\x1b[31mred\nline")
+    memory = manager.allocate(PAGE, name="\x1b[31mred\nline")
 
     ended = run("objects")
 
+    assert not memory.closed
     assert r"\x1b[31mred\nline" in ended.stdout
     assert "\x1b" not in ended.stdout
 
@@ -210,9 +211,10 @@ def test_whoever_names_a_file_as_the_shell_does_is_told_the_name_of_its_object(
 ) -> None:
     path = tmp_path / "d.bin"
     path.write_bytes(b"x" * PAGE)
-    manager.open(path)
+    memory = manager.open(path)
 
     words = f"there is no object 'd.bin'; a file's name is its absolute path: '{path}'"
+    assert memory.name == str(path)
     assert_refused(run("inject", "d.bin", 0, cwd=tmp_path), 2, words)
 
 

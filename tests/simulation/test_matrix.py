@@ -23,7 +23,7 @@ def explored(scenarios: Iterable[Scenario]) -> int:
 
 
 @pytest.mark.parametrize(
-    ("kind", "least"), [("anonymous", 200), ("read-only", 150), ("writable", 400), ("cached", 60)], ids=STATES
+    ("kind", "least"), [("anonymous", 200), ("read-only", 150), ("writable", 400), ("cached", 50)], ids=STATES
 )
 def test_in_every_order_every_pair_of_operations_ends_well(kind: str, least: int) -> None:
     assert explored(one for one in pairs(variants=False) if one.kind == kind) > least
@@ -77,8 +77,8 @@ def test_what_is_left_out_of_a_cached_file_is_as_with_one_that_is_not_cached() -
 
 
 def test_wherever_the_manager_dies_the_next_one_goes_on_as_if_nothing_had_been() -> None:
-    # `make soak` has all of them; here those of a third are enough to see that it works.
-    assert explored(islice(restarts(), 0, None, 3)) > 100
+    # `make soak` has all of them; here those of a fifth are enough to see that it works.
+    assert explored(islice(restarts(), 0, None, 5)) > 60
 
 
 @pytest.mark.soak
