@@ -116,7 +116,8 @@ def apart() -> Iterator[Scenario]:
     for first in ("read", "write"):
         yield Scenario("anonymous", ("present",), ((first, 0), ("report", 0), ("repair", 0)), worker=(), markers=False)
     # What is lost and what can't be written are told one by one.
-    yield Scenario("writable", ("dirty",), (("flush twice", 0), ("report", 0)), budget=BUDGETS["writable"])
+    for one in BUDGETS["writable"]:
+        yield Scenario("writable", ("dirty",), (("flush twice", 0), ("report", 0)), budget=(one,))
     # Of what was lost when its last client went, the next one is told.
     lost = (("report", 0), ("close", 0), ("attach and flush", 0))
     yield Scenario("writable", ("dirty",), lost, worker=())
@@ -128,7 +129,7 @@ def apart() -> Iterator[Scenario]:
         yield Scenario("writable", ("dirty", "absent"), ((first, 0), ("change", 1), ("read", 1)), worker=())
     # A page that can't be written, beside others.
     for first in ("hardware", "kernel poison"):
-        yield Scenario("writable", ("dirty", "dirty", "dirty"), ((first, 1), ("flush", 0)), worker=())
+        yield Scenario("writable", ("dirty", "dirty"), ((first, 1), ("flush", 0)), worker=())
     # Of a large frame that is given up, everybody is told.
     for kind in ("anonymous", "read-only"):
         yield Scenario(kind, ("present", "present"), (("report", 0), ("collapse", 0), ("read", 1)))
