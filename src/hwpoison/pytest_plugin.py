@@ -91,7 +91,7 @@ class Faults:
     def declare(self, *failures: Failure) -> None:
         """These losses are meant to be; none given: all so far."""
         with self._lock:
-            self._declared.update(one.event_id for one in failures) if failures else self._declared.update(self._struck)
+            self._declared.update([one.event_id for one in failures] or self._struck)
 
     def undeclared(self) -> list[str]:
         """What was lost and neither repaired nor discarded nor declared, in words."""

@@ -324,6 +324,10 @@ except hwpoison.PoisonError as error:
 say(next(memory.notices()).reason)
 other.buffer[0] = 1
 say(other.buffer[0])
+try:
+    memory.discard()
+except OSError as error:
+    say(error.strerror)
 hear()
 memory.discard()
 say(memory.read(0, 8).hex())
@@ -334,6 +338,8 @@ say(memory.read(0, 8).hex())
         assert "lost" in child.ask()
         assert child.hear() == "the file system has not given it within 0.5 s"
         assert child.hear() == 1
+        # It has the page locked, and whoever touches it would wait for it.
+        assert child.hear() == "the file system has not answered within 0.5 s; try again later"
         slow.hold()
         assert child.ask() == known(4 * PAGE_SIZE)[:8].hex()
         assert child.wait() == 0, child.errors

@@ -138,9 +138,12 @@ memory = manager.attach("table")
 how = arguments[1]
 if how == "memory":
     memory.policy = "early"
+elif how == "process, and set before":
+    hwpoison.set_policy("early")
+    memory = manager.attach("table")
 elif how == "process":
+    # It is open already.
     hwpoison.set_policy(hwpoison.Policy.EARLY)
-    memory.policy = None
 elif how == "process, and late for this one":
     hwpoison.set_policy("early")
     memory.policy = "late"
@@ -153,7 +156,7 @@ hear()
 """
 
 
-@pytest.mark.parametrize("how", ["memory", "process"])
+@pytest.mark.parametrize("how", ["memory", "process", "process, and set before"])
 def test_early_is_the_signal_that_the_kernel_would_send(how: str, manager: hwpoison.Manager, table: hwpoison.Memory) -> None:
     with Child(EARLY, manager.socket, how) as child:
         policy, address, thread = child.hear()
@@ -187,7 +190,7 @@ memory = manager.allocate(4096)
 memory.buffer[0] = 1
 say(memory.policy)
 manager.inject(memory, 0)
-time.sleep(60)
+hear()
 """
     with Child(code) as child:
         assert child.hear() == Policy.EARLY

@@ -74,6 +74,10 @@ class Channel:
 _nothing_mapped = mmap.mmap(-1, 1)
 
 
+def _nothing() -> None:
+    pass
+
+
 def _there(watch: Watch) -> bool:
     mapping = watch()
     return mapping is not None and not mapping.closed
@@ -112,6 +116,8 @@ class Connection:
         """In a forked child, why it has no connection."""
         self.on_fork: list[Callable[[], None]] = []
         """What is done in a forked child when this is there again."""
+        self.listen: Callable[[], None] = _nothing
+        """Have losses read from now on (`app.notices`)."""
         self.when_unmapped: Callable[[], None] | None = None
         """What is done, once the manager was closed, when a mapping is gone."""
         self.welcome, self.pid = self._begin()

@@ -85,7 +85,11 @@ def _begin_again() -> None:
     for one in _open.difference(invitations.values()):
         one.close()
     _open.clear()
-    fenced = [one for one in all_mapped() if _fenced(one)]
+    everything = all_mapped()
+    fenced = [one for one in everything if _fenced(one)]
+    for mapped in everything:
+        # The parent's word on the board. If this is not made again it has none.
+        mapped.slot = -1
     for connection, invitation in invitations.items():
         try:
             connection.begin_again(invitation)

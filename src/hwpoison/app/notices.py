@@ -93,6 +93,7 @@ class Notices:
         self._wake = -1
         """An eventfd: somebody has come who must be told of what was before."""
         connection.on_fork.append(self.begin_again)
+        connection.listen = self.listen
 
     def begin_again(self) -> None:
         """In a forked child: the thread is the parent's. Who wants them is told of losses of this process."""
@@ -122,7 +123,7 @@ class Notices:
             reply = self._connection.request(request, protocol.Losses)
             entry.since, entry.before = reply.count, reply.standing
             self._entries.append(entry)
-            if entry.before:
+            if entry.before and self._wake >= 0:
                 os.eventfd_write(self._wake, 1)
         return entry
 
@@ -186,6 +187,7 @@ class Notices:
                     poll.unregister(channel)
                 again = self._listen_again(channel, last)
                 if again is None:
+                    self._let_go(wake)
                     return
                 channel = again
                 poll.register(channel, select.POLLIN)
@@ -194,6 +196,12 @@ class Notices:
                 last = self._news(protocol.decode_reply(data), last)
             except Exception:
                 log.exception("a notice could not be delivered")
+
+    def _let_go(self, wake: int) -> None:
+        with self._lock:
+            if self._wake == wake:
+                self._wake = -1
+        os.close(wake)
 
     def _listen_again(self, channel: socket.socket, last: int) -> socket.socket | None:
         """Another channel in place of this one, by which the next manager goes on after notice number `last`."""
@@ -219,12 +227,12 @@ class Notices:
         self._tell_of_before()
         with self._lock:
             wanted = [
-                entry
-                for entry in self._entries
-                if (entry.memory is None or entry.memory.object_number == message.object) and message.number > entry.since
+                entry for entry in self._entries if entry.memory is None or entry.memory.object_number == message.object
             ]
         for entry in wanted:
-            self._deliver(entry, message)
+            # Else it was among those that stood when this one came.
+            if message.number > entry.since:
+                self._deliver(entry, message)
         if not wanted:
             self._by_signal(message)
         return message.number
@@ -274,6 +282,9 @@ def set_policy(policy: Policy | str | None) -> None:
     """For all memories of this process that have none of their own; None: each manager's. As prctl(PR_MCE_KILL) for the
     kernel's. Raises ValueError for an unknown one."""
     _default[0] = None if policy is None else Policy(policy)
+    for one in all_mapped():
+        if policy_of(one.connection, one.policy) is Policy.EARLY:
+            one.connection.listen()
 
 
 def default_policy() -> Policy | None:

@@ -222,8 +222,11 @@ class GuardedView:
                 # Since the look, by other threads: which it was is not known here.
                 mark.before.append(Range(self._name, 0, self._nbytes))
             mark.inherited, mark.seen = mark.before, 0
-        self._words = self._connection.words
-        self._met_word, self._guards_word = 2 * self._mapped.slot, 2 * self._mapped.slot + 1
+        # One that could not be made again has words that nobody reads, not somebody else's: an access to it is a SIGSEGV.
+        slot, self._words = self._mapped.slot, self._connection.words
+        if slot < 0:
+            slot, self._words = 0, memoryview(bytearray(16)).cast("Q")
+        self._met_word, self._guards_word = 2 * slot, 2 * slot + 1
         self._clean_heap = [0]
         here = get_ident()
         self._open = {one for one in self._open if one in self._untold and self._untold[one].thread == here}

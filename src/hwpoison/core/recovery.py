@@ -6,11 +6,13 @@ Everything here works on pages that the caller has locked, or locks them itself 
 from __future__ import annotations
 
 import asyncio
+import errno
+from collections.abc import Awaitable
 from contextlib import suppress
 from dataclasses import replace
 
 from hwpoison.core.books import Books
-from hwpoison.core.machine import Content, Frame, NotIsolatedError
+from hwpoison.core.machine import Content, Frame, NotIsolatedError, Result
 from hwpoison.core.mappings import Mapping
 from hwpoison.core.objects import Backing, Loss, MemoryObject
 from hwpoison.core.pages import DIRTY, LOST, POISONED, PRESENT, WRITEBACK
@@ -340,9 +342,9 @@ async def _revive_locked(books: Books, object_: MemoryObject, page: int, content
     nbytes = object_.nbytes_of(page, 1)
     dirty = DIRTY if object_.tracks_dirt and content is not None else 0
     # A write that hung may still be on its way: what the file holds is not known before it has ended.
-    await object_.written_back(page)
+    await _answered(books, object_.written_back(page))
     if content is None:
-        content = await _fresh(books, object_, page, nbytes)
+        content = await _answered(books, _fresh(books, object_, page, nbytes))
     await make_room(books, object_, 1)
     await object_.watch(page, 1)
     loss = object_.losses[page]
@@ -361,6 +363,15 @@ async def _revive_locked(books: Books, object_: MemoryObject, page: int, content
     object_.pages.arrived(page, 1, books.reclaim.arrived(object_, 1), dirty)
     await well_again(books, object_, page, loss, kind)
     return nbytes
+
+
+async def _answered(books: Books, story: Awaitable[Result]) -> Result:
+    """What a file says. The page is locked, and somebody may sleep at it: raises OSError if that takes too long."""
+    try:
+        return await books.machine.in_time(story)
+    except TimeoutError:
+        limit = books.machine.io_seconds_max
+        raise OSError(errno.ETIMEDOUT, f"the file system has not answered within {limit:g} s; try again later") from None
 
 
 async def well_again(books: Books, object_: MemoryObject, page: int, loss: Loss, kind: str) -> None:

@@ -129,7 +129,12 @@ class Memories:
             raise PermissionError("a client that sent no userfaultfd gets no memory: unregistered mappings read zeros")
         match request:
             case protocol.Allocate():
-                return manager.allocate(request.nbytes, request.name, persistent=request.persistent)
+                # Both or neither is found by a manager after this one: asked again, it must know who has asked.
+                with self.session.server.machine.records.together():
+                    made = manager.allocate(request.nbytes, request.name, persistent=request.persistent)
+                    if request.mapping:
+                        manager.promise(made, (self.session.number, request.mapping))
+                return made
             case protocol.Open():
                 return await self._open(request, fds)
             case protocol.Attach():

@@ -149,7 +149,7 @@ class Server:
         for asked_by in [one for one in self.manager.answers if one[0] not in left.sessions]:
             self.manager.answered(asked_by)
         for number in left.invitations:
-            self._invitations.add(Invitation.inherited(self, inheritance.find(f"{INVITATION}:{number}"), number))
+            self._invitations.add(Invitation.inherited(self, inheritance.take(f"{INVITATION}:{number}"), number))
         for label, fd in inheritance.nobodys().items():
             self.machine.keeping.drop(label)
             self.spawn(self.machine.let_go(fd))
