@@ -16,6 +16,9 @@ TEST_SECONDS_MAX ?= 900
 CANDIDATES := $(or $(PYTHON),python3 /usr/bin/python3 python3.14 python3.13 python3.12 python3.11)
 BIN := .venv/bin
 
+# A manager, and each of its clients, is a Python that starts: none of them is to compile everything again.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Each recipe is one shell script.
 .ONESHELL:
 SHELL := /bin/sh

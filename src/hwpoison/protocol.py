@@ -347,12 +347,12 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     """Of one manager, since it started. Sizes in bytes.
 
     `pid`, `page_size`, `socket` (as `printable_path`) and `memory_limit` are the manager's, `keeper` is the process that it
-    comes from; `memory_present` is what it
-    holds now of all objects, for so many `clients` and `objects`. `outcomes` and `states` count failures; reports of pages
-    known to be bad are not counted among the outcomes, and among the states only as "already poisoned page".
-    `restarts`: how often another manager has taken over; what is counted in `outcomes` and `states` goes on, the rest begins
-    anew. `quarantined`: bad frames that are held. `faults`: accesses served. `read` from files, `written` to them, `dropped`
-    to keep the limit. `accesses_to_lost` counts accesses, `events_dropped` events that could not be logged.
+    comes from; `memory_present` is what it holds now of all objects, for so many `clients` (with forked children that are
+    about to come) and `objects`. `outcomes` and `states` count failures; reports of pages known to be bad are not counted
+    among the outcomes, and among the states only as "already poisoned page". `restarts`: how often another manager has taken
+    over; what is counted in `outcomes` and `states` goes on, the rest begins anew. `quarantined`: bad frames that are held.
+    `faults`: accesses served. `read` from files, `written` to them, `dropped` to keep the limit. `accesses_to_lost` counts
+    accesses, `events_dropped` events that could not be logged.
     """
 
     pid: int

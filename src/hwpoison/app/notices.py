@@ -6,7 +6,6 @@ the process itself, by a SIGBUS as the kernel's prctl(PR_MCE_KILL) would have it
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import select
@@ -381,7 +380,10 @@ class NoticeStream:
             return found
 
     async def _readable(self) -> None:
-        loop = asyncio.get_running_loop()
+        # Who comes here has it, and it takes long to load for those who never do.
+        from asyncio import get_running_loop  # noqa: PLC0415
+
+        loop = get_running_loop()
         readable = loop.create_future()
         # One of its own for each task that waits: a loop has one reader for a descriptor.
         fd = os.dup(self._queue.fd)

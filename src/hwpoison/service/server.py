@@ -317,7 +317,7 @@ class Server:
             memory_present=self.manager.reclaim.present * size,
             keeper=self.keeper,
             restarts=self.manager.life - 1,
-            clients=len(self.manager.clients()),
+            clients=len(self.manager.clients()) + len(self._invitations),
             objects=len(self.manager.objects()),
             outcomes=dict(counted.outcomes),
             states=dict(counted.states),

@@ -101,6 +101,11 @@ class Agent:
         step = self.script[self.at]
         return step.kind in ACCESSES and self.area is not None and first <= step.page < first + count
 
+    @property
+    def has_written(self) -> bool:
+        """True if it has written something, or was about to."""
+        return any(step.kind == "write" for step in self.script[: self.at + 1])
+
     def maps(self, page: int) -> bool:
         """True if the page is in its page table."""
         return self.process.alive and self.area is not None and self.area.entries.get(page, ("", False))[0] == PAGE

@@ -26,6 +26,7 @@ from hwpoison.core.accounting import Statistics
 from hwpoison.core.failure import Handling, Row
 from hwpoison.core.journal import Journal
 from hwpoison.core.pages import Pages
+from hwpoison.core.readahead import STREAMS
 from hwpoison.core.records import Event as LogEvent
 from hwpoison.core.takeover import _Takeover
 from hwpoison.simulation import files, machine, memory, processes
@@ -101,7 +102,7 @@ class Fingerprint:
     def _mapping(self, mapping: mappings.Mapping) -> tuple[Any, ...]:
         return (
             mapping.number, tuple(sorted(mapping.markers)), tuple(mapping.met), mapping.met_before,
-            tuple(mapping.reads.items()), tuple(mapping.writes.items()),
+            _streams(mapping.reads, mapping.object), _streams(mapping.writes, mapping.object),
             mapping.error_seen, mapping.errors_apart, mapping.heir,
             len(mapping._answers), tuple(mapping._asleep.items()), mapping.hits and mapping.hits.guarded,
         )  # fmt: skip
@@ -113,6 +114,7 @@ class Fingerprint:
             tuple([(one.what, self.canonical(one.state), self._future(one.future)) for one in world.machine.waiting]),
             tuple([
                 (one.at, one.mourned, one.area is not None, self.canonical(one.request), one.guard and one.guard.state)
+                if one.process.alive else (one.has_written, one.mourned, one.guard and one.guard.hits.guarded)
                 for one in world.agents
             ]),
             tuple([str(one) for one in world.to_come]), tuple(world.unreported), world.dead, world.may_die,
@@ -150,7 +152,10 @@ class Fingerprint:
             while type(coroutine) is types.CoroutineType:
                 chain.append(self._coroutine(coroutine))
                 coroutine = coroutine.cr_await
-            found.append((task.get_name(), task.cancelling(), tuple(chain), self.canonical(task._fut_waiter)))  # type: ignore[attr-defined]
+            found.append((
+                task.get_name(), task.cancelling(), self._world.has_waited(task), tuple(chain),
+                self.canonical(task._fut_waiter),  # type: ignore[attr-defined]
+            ))  # fmt: skip
         # One that has failed is looked at in the end: a run in which none has must not stand for it.
         failed = [
             (task.get_name(), repr(task.exception()))
@@ -185,7 +190,7 @@ class Fingerprint:
             tuple([(one.number, tuple(begun), *rest) for one, (begun, *rest) in expectation._flushes.items()]),
             tuple([(one.number, wrong) for one, wrong in expectation._told_of.items()]),
             tuple([(one.number, tuple(sorted(dirty))) for one, dirty in expectation._dirty.items()]),
-            tuple(sorted(expectation._unsynced)), expectation.unheard, self._world.loop.time() > 0,
+            tuple(sorted(expectation._unsynced)), expectation.unheard,
             tuple(sorted(expectation.elsewhere)), expectation.collapsed,
             tuple(sorted(expectation.struck)), tuple(sorted([self._frame(one) for one in expectation.named])),
         )  # fmt: skip
@@ -215,6 +220,13 @@ class Fingerprint:
 
     def _frame(self, number: int) -> int:
         return self._frames.setdefault(number, len(self._frames))
+
+
+def _streams(streams: dict[int, int], object_: objects.MemoryObject) -> tuple[tuple[int, int], ...]:
+    """Those that can go on. Of the others it matters how many there are, once they push out any."""
+    if len(streams) >= STREAMS:
+        return tuple(streams.items())
+    return tuple([(page, window) for page, window in streams.items() if page < object_.pages.count])
 
 
 def _referents(suspended: Any) -> list[Any]:

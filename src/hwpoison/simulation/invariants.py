@@ -232,7 +232,7 @@ class Expectation:
             self.fail(f"Nobody is told of a loss that is none: {notice.event_id}, page {page}.")
         # A large frame that can't be split goes as it is: what is on its way then counts as not arrived.
         given_up = notice.outcome is Outcome.FAILED and notice.state is State.DIRTY_FILE
-        if object_.pages.flags[page] & WRITEBACK and not self.world.loop.time() and not given_up:
+        if object_.pages.flags[page] & WRITEBACK and not self.world.has_waited() and not given_up:
             self.fail(f"A page on its way to the file is decided on when it is there: page {page}.")
         if not any(agent.client is client and agent.owns for agent in self.world.agents):
             self.fail(f"Nobody is told of a loss that is not his: client {client.number}, page {page}.")
@@ -458,9 +458,9 @@ class Expectation:
         if loss.state is State.DIRTY_FILE:
             # Where a process has written, or is about to, the page counts as changed before it is; and its neighbours. What
             # a sync has failed for counts as not written.
-            touched = any(step.kind == "write" for agent in world.agents for step in agent.script[: agent.at + 1])
+            touched = any(agent.has_written for agent in world.agents)
             newer = not self.history[page][-1] == self._on_disk(page) == self._durable(page)
-            excused = touched or self._may[page] or self._dirty or self.foreign or world.loop.time()
+            excused = touched or self._may[page] or self._dirty or self.foreign or world.has_waited()
             if not (newer or excused or wrong["write fails"] or wrong["sync fails"]):
                 self.fail(f"Nothing is lost that the file has: page {page}.")
         # A file that others have changed anywhere is another version of all its pages.

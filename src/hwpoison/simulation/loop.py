@@ -65,6 +65,7 @@ class SimulationLoop(asyncio.AbstractEventLoop):
         self.tasks: list[asyncio.Task[Any]] = []
         self.errors: list[dict[str, Any]] = []
         self.steps = 0
+        self.last: TimedCallback | Event | None = None
         self.arriving = True
         """In batch mode: more may come before the first callback runs."""
         self._timer = Happening("a timer fires", self._fire_timers)
@@ -91,7 +92,7 @@ class SimulationLoop(asyncio.AbstractEventLoop):
         if not options:
             return False
         chosen = options[self.choices.pick(options) if len(options) > 1 else 0]
-        self.steps += 1
+        self.steps, self.last = self.steps + 1, chosen
         if ready and chosen is ready[0]:
             self.arriving = False
             ready.popleft()
@@ -143,18 +144,14 @@ class SimulationLoop(asyncio.AbstractEventLoop):
 
     def run_until_complete(self, future: Any) -> Any:
         future = asyncio.ensure_future(future, loop=self)
-
-        def stop(_: object) -> None:
-            self.stop()
-
-        future.add_done_callback(stop)
+        future.add_done_callback(self.stop)
         try:
             self.run_forever()
         finally:
-            future.remove_done_callback(stop)
+            future.remove_done_callback(self.stop)
         return future.result()
 
-    def stop(self) -> None:
+    def stop(self, _: object = None) -> None:
         self._stopping = True
 
     def is_running(self) -> bool:
@@ -211,6 +208,7 @@ class SimulationLoop(asyncio.AbstractEventLoop):
                 task.set_name(name)
             return task
         task = asyncio.Task(coro, loop=self, name=self._free_name(name or coro.__name__), context=context)
+        task.begun = self._now  # type: ignore[attr-defined]
         self.tasks.append(task)
         return task
 

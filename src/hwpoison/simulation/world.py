@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
@@ -215,6 +216,11 @@ class World:
             self.loop.ready.clear()
             self.loop.timers.clear()
             return True
+
+    def has_waited(self, task: asyncio.Task[Any] | None = None) -> bool:
+        """True if a timer has fired since the task was made; by default the one that runs, or has run in the last step."""
+        task = task or getattr(getattr(self.loop.last, "_callback", None), "__self__", None)
+        return isinstance(task, asyncio.Task) and task.begun < self.loop.time()  # type: ignore[attr-defined]
 
     def outside(self) -> list[Event]:
         """All that can come from outside now, in a fixed order."""
