@@ -23,10 +23,12 @@ def explored(scenarios: Iterable[Scenario]) -> int:
 
 
 @pytest.mark.parametrize(
-    ("kind", "least"), [("anonymous", 200), ("read-only", 150), ("writable", 400), ("cached", 50)], ids=STATES
+    ("kind", "state"),
+    # What a cached file adds to others begins with an absent page, see `matrix.AT_ONCE`.
+    [(kind, state) for kind in STATES for state in STATES[kind] if kind != "cached" or state == "absent"],
 )
-def test_in_every_order_every_pair_of_operations_ends_well(kind: str, least: int) -> None:
-    assert explored(one for one in pairs(variants=False) if one.kind == kind) > least
+def test_in_every_order_every_pair_of_operations_ends_well(kind: str, state: str) -> None:
+    assert explored(one for one in pairs(variants=False) if (one.kind, one.states) == (kind, (state,))) > 50
 
 
 def test_what_is_lost_is_told_to_the_right_thread_where_there_are_no_poison_markers() -> None:
