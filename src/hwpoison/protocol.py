@@ -164,6 +164,23 @@ class Prefetch(Message):
     nbytes: int
 
 
+class Resident(Message):
+    """Bytes stay fit for system calls, until `ResidentOver` with the client's own `number` for them. Reply: `Done`."""
+
+    mapping: int
+    number: int
+    offset: int
+    nbytes: int
+    write: bool
+
+
+class ResidentOver(Message):
+    """They need not any more. Reply: `Done`."""
+
+    mapping: int
+    number: int
+
+
 class Repair(Message):
     """Give lost pages their right content. Reply: `Count` of bytes."""
 
@@ -411,8 +428,8 @@ class Elsewhere(Message):
 
 Request = (
     Hello | Device | AddChannel | Listen | Invite | Join | Standing | Allocate | Open | Unlink | Attach | Map | Unmap
-    | Write | Prefetch | Repair | Discard | Lost | Met | Flush | ReportPage | ListObjects | GetStatistics | SyncLog | Restart
-    | Goodbye
+    | Write | Prefetch | Resident | ResidentOver | Repair | Discard | Lost | Met | Flush | ReportPage | ListObjects
+    | GetStatistics | SyncLog | Restart | Goodbye
 )  # fmt: skip
 Reply = (
     Done | Added | Welcome | Found | Mapped | Flushed | Losses | Count | Ranges | Handled | ObjectList | StatisticsReply

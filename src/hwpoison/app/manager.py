@@ -73,13 +73,27 @@ class BaseManager:
 
     # --- memory
 
-    def allocate(self, nbytes: int, name: str | None = None, *, persistent: bool = False) -> Memory:
+    def allocate(
+        self, nbytes: int, name: str | None = None, *, persistent: bool = False, populate: bool | None = None
+    ) -> Memory:
         """Anonymous memory, all zeros. It lives as long as any process has it open; with `persistent`, which needs a name,
-        until `unlink`, or the manager's end (a private one ends with its last process). Raises ValueError, FileExistsError
-        (the name), MemoryError (the limit)."""
+        until `unlink`, or the manager's end (a private one ends with its last process).
+
+        `populate`: all of it is there at once; by default where userfaultfd is in user mode, as system calls can't use pages
+        there that are not. Raises ValueError, FileExistsError (the name), MemoryError (the limit).
+        """
+        if populate is not None:
+            populate = true_or_false("populate", populate)
         if true_or_false("persistent", persistent) and name is None:
             raise ValueError("persistent memory needs a name, by which it can be attached again: pass name=")
-        return self._memory(protocol.Allocate(whole("nbytes", nbytes), _checked_name(name), persistent=persistent))
+        memory = self._memory(protocol.Allocate(whole("nbytes", nbytes), _checked_name(name), persistent=persistent))
+        if self.connection.user_mode if populate is None else populate:
+            try:
+                memory.prefetch()
+            except BaseException:
+                memory.close()
+                raise
+        return memory
 
     def unlink(self, name: str) -> None:
         """A persistent object ends when nobody has it open any more, or at once. Raises FileNotFoundError."""

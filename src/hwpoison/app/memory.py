@@ -6,7 +6,9 @@ import errno
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +16,7 @@ import numpy
 import numpy.typing
 
 from hwpoison import protocol
-from hwpoison.app.checking import as_bytes, whole
+from hwpoison.app.checking import as_bytes, true_or_false, whole
 from hwpoison.app.connection import Channel, Descriptor, Reply
 from hwpoison.app.mapping import map_object, register
 from hwpoison.app.notices import Handle, Notice, NoticeStream, policy_of
@@ -72,6 +74,7 @@ class Memory:
         self._errors = self._mapped.errors
         """How many errors of the object had happened when this handle was last told of them."""
         self._guarded: GuardedView | None = None
+        self._numbers = count(1)
         # Not for more than to make a view, to begin to use it, or to unmap: a signal handler may do that too.
         self._lock = threading.RLock()
         self.closed = False
@@ -233,6 +236,27 @@ class Memory:
         """
         offset, nbytes = self._checked_range(offset, nbytes)
         self._ask(protocol.Prefetch(self._number, offset, nbytes), protocol.Done)
+
+    @contextmanager
+    def resident(self, offset: int = 0, nbytes: int | None = None, write: bool = False) -> Iterator[memoryview]:
+        """Within the block, system calls can use these bytes, also where userfaultfd is in user mode: `file.readinto(view)`.
+
+        `write`: calls may store into them; all of them count as changed then. Raises `PoisonError` if some are lost,
+        OSError (ENOMEM) for more than the memory limit leaves. What fails meanwhile is refused with EFAULT even so.
+        """
+        offset, nbytes = self._checked_range(offset, nbytes)
+        write = true_or_false("write", write)
+        if write and not self.writable:
+            raise PermissionError(f"memory {self.name!r} is read-only; open it with mode 'r+'")
+        number = next(self._numbers)
+        try:
+            self._ask(protocol.Resident(self._number, number, offset, nbytes, write), protocol.Done)
+            whole = self.buffer[offset : offset + nbytes]
+            with whole if write else whole.toreadonly() as view:
+                yield view
+        finally:
+            if not self.closed:
+                self._ask(protocol.ResidentOver(self._number, number), protocol.Done)
 
     def flush(self) -> None:
         """Write changes to the file and wait until they are on the disk. Nothing to do for anonymous memory.

@@ -149,7 +149,7 @@ async def bring_in(
             raise
         if page == first:
             if writer is not None and object_.tracks_dirt:
-                await _dirty(writer, page, 1)
+                await note_dirt(writer, page, 1)
             if waiter is not None:
                 waiter.wake(page)
         count -= piece
@@ -171,10 +171,10 @@ async def _first_write(books: Books, mapping: Mapping, page: int, thread: int) -
             count += 1
         # An absent page: taken away while this fault waited. It comes again as a missing page.
         if count:
-            await _dirty(mapping, page, count)
+            await note_dirt(mapping, page, count)
 
 
-async def _dirty(mapping: Mapping, first: int, count: int) -> None:
+async def note_dirt(mapping: Mapping, first: int, count: int) -> None:
     """Present pages, locked, are about to be written to through `mapping`: first note it, then let it happen."""
     for page in range(first, first + count):
         mapping.object.pages.set(DIRTY, page)

@@ -14,6 +14,7 @@ that a thing is written down before it is done: of what is written and was not d
 | client, number | its process |
 | mapping, number | client, object, address, slot of the guarded view, `errors_apart`, `heir`, `error_seen` |
 | met, mapping | the losses that a guarded view has shown: how many are forgotten, and the pages of the others |
+| resident, mapping, number | first page, count, whether for writing (`core.residence`) |
 | promised, who has asked | an object that it has been given, and will map |
 | failure, event id | object, page, the state that it was found in, how it was isolated, the report, who has asked |
 | answer, who has asked | the `Failure` of a report, until the reply is sent |
@@ -130,6 +131,13 @@ class Journal:
         self._drop(("mapping", mapping.number))
         if mapping.hits is not None:
             self._drop(("met", mapping.number))
+
+    def resident(self, mapping: Mapping, number: int) -> None:
+        """A range is resident from now on, by the client's number for it."""
+        self._put(("resident", mapping.number, number), list(mapping.resident[number]))
+
+    def resident_over(self, mapping: Mapping, number: int) -> None:
+        self._drop(("resident", mapping.number, number))
 
     def promised(self, asked_by: AskedBy, object_: MemoryObject) -> None:
         """A client has been given the object, and will map it."""

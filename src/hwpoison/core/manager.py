@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 
-from hwpoison.core import faults, writeback
+from hwpoison.core import faults, residence, writeback
 from hwpoison.core.books import Books
 from hwpoison.core.failure import memory_failure
 from hwpoison.core.journal import AskedBy
@@ -229,6 +229,8 @@ class MemoryManager(Books):
         else:
             mapping.client.remove(mapping)
             mapping.object.mappings.remove(mapping)
+        for number in tuple(mapping.resident):
+            residence.end(self, mapping, number)
         mapping.gone = True
         self.journal.mapping_gone(mapping)
         self.release(mapping.object)

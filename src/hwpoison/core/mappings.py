@@ -24,12 +24,13 @@ class Mapping:
 
     `hits` is there for a guarded view, and `met` are the lost pages that it has been shown as zeros, in order: one for
     each count of `hits`, but for the first `met_before` of them, which are forgotten. `markers` are the pages at which a
-    poison marker was left. `reads` and `writes` are the sequential streams, see `core.readahead`.
+    poison marker was left. `reads` and `writes` are the sequential streams, see `core.readahead`; `resident` are the ranges
+    that are (`core.residence`), by the client's own numbers: first, count, whether for writing.
     """
 
     __slots__ = (
         "_answers", "_asleep", "address", "client", "count", "error_seen", "errors_apart", "first", "gone", "heir", "hits",
-        "markers", "met", "met_before", "number", "object", "reads", "writes",
+        "markers", "met", "met_before", "number", "object", "reads", "resident", "writes",
     )  # fmt: skip
 
     def __init__(
@@ -54,6 +55,7 @@ class Mapping:
         self.met_before = 0
         self.reads: dict[int, int] = {}
         self.writes: dict[int, int] = {}
+        self.resident: dict[int, tuple[int, int, bool]] = {}
         self.error_seen = object_.error_sequence
         self.errors_apart = 0
         """How many more `errors` it has than the object: less for each that its own flush met, one for what it inherits."""
@@ -72,6 +74,15 @@ class Mapping:
     def errors(self) -> int:
         """Of how many errors `flush` is to tell this handle; `error_seen` is of how many it has."""
         return self.object.error_sequence + self.errors_apart
+
+    @property
+    def watched(self) -> bool:
+        """True if first writes through it are. A guarded view is read-only."""
+        return self.object.tracks_dirt and self.hits is None
+
+    def unwatched(self, page: int) -> bool:
+        """True if a system call may write to the page at any moment."""
+        return any(write and first <= page < first + count for first, count, write in self.resident.values())
 
     def page(self, address: int) -> int:
         """The page of the object that `address` shows."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import pairwise
 
 from hwpoison.core.locks import RangeLocks
 from hwpoison.core.machine import File, Identity, Store, Table, Written
 from hwpoison.core.mappings import ReverseMap
-from hwpoison.core.pages import PRESENT, WRITEBACK, Pages
+from hwpoison.core.pages import DIRTY, PRESENT, WRITEBACK, Pages
 from hwpoison.core.records import Outcome, Source, State
 from hwpoison.errors import Range
 
@@ -111,6 +113,8 @@ class MemoryObject:
         self.pages = Pages(-(-nbytes // page_size), table, store.flags)
         self.locks = RangeLocks()
         self.mappings = ReverseMap()
+        self.resident: Counter[int] = Counter()
+        """How many want that a page stays, see `core.residence`."""
         self.losses: dict[int, Loss] = {}
         self.error_sequence = 0
         """Counts losses of data that the file should have; each handle reports each once (`flush`)."""
@@ -200,11 +204,23 @@ class MemoryObject:
             await self.io_wait()
 
     async def watch(self, first: int, count: int) -> None:
-        """Absent, locked pages of a writable file are watched for first writes again: what took them away can have lost the
+        """Locked pages of a writable file are watched for first writes again: what took absent ones away can have lost the
         markers."""
-        if not self.tracks_dirt:
-            return
         for mapping in self.mappings.covering(first, count):
-            if mapping.hits is None:
+            if mapping.watched:
                 begin, end = max(first, mapping.first), min(first + count, mapping.first + mapping.count)
                 await mapping.client.space.protect(mapping.address_of(begin), (end - begin) * self.page_size)
+
+    async def watch_again(self, first: int, count: int) -> tuple[int, ...]:
+        """As `watch`, but for dirty pages to which a system call may write at any moment: they are returned, and stay so."""
+        left_out = tuple(
+            page
+            for page in sorted(self.resident)
+            if first <= page < first + count
+            and self.pages.flags[page] & DIRTY
+            and any(one.unwatched(page) for one in self.mappings.covering(page))
+        )
+        edges = list(pairwise((first - 1, *left_out, first + count)))
+        for start, length in [(before + 1, after - before - 1) for before, after in edges if after > before + 1]:
+            await self.watch(start, length)
+        return left_out

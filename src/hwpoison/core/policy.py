@@ -98,10 +98,10 @@ async def met(mapping: Mapping, since: int, forget: int) -> tuple[list[int], int
 
 async def _mark(mapping: Mapping, page: int, address: int) -> None:
     mapping.markers.add(page)
-    if not await mapping.client.space.poison(address):
+    if mapping.watched:
         # A write-protect marker stands where the poison marker must go.
         await mapping.client.space.unprotect(address, mapping.object.page_size)
-        await mapping.client.space.poison(address)
+    await mapping.client.space.poison(address)
 
 
 def signal_or_kill(

@@ -12,6 +12,7 @@ absent for which a userfaultfd wants to be asked.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,6 +69,16 @@ class Reclaim:
     def largest_window(self) -> int:
         """Most pages that one fault should bring in: a window must not push out what it has just brought."""
         return max(1, self.for_files // 8)
+
+    def require_resident(self, object_: MemoryObject, count: int) -> None:
+        """Raises OSError (ENOMEM) if `count` more pages of the object cannot stay: half of what files have is for others."""
+        resident = sum(len(one.resident) for one in self._objects() if one.backing is not None)
+        if object_.backing is not None and resident + count > self.for_files // 2:
+            limit = self.for_files // 2
+            raise OSError(
+                errno.ENOMEM,
+                f"{count} pages cannot be resident: the memory limit leaves {limit} for that, and {resident} are in use",
+            )
 
     def _of(self, object_: MemoryObject) -> _Count:
         return self._anonymous if object_.backing is None else self._files
@@ -166,7 +177,9 @@ class Reclaim:
 
 
 def _can_drop(object_: MemoryObject, first: int, count: int = 1) -> bool:
-    """True if all the pages are clean and well, and nobody has locked one."""
+    """True if all the pages are clean and well, and nobody has locked one, or wants it to stay."""
+    if object_.resident and any(page in object_.resident for page in range(first, first + count)):
+        return False
     return object_.pages.flags[first : first + count].count(PRESENT) == count and object_.locks.free(first, count)
 
 

@@ -390,10 +390,8 @@ async def well_again(books: Books, object_: MemoryObject, page: int, loss: Loss,
 async def _unmark(mapping: Mapping, page: int) -> None:
     """A present, locked page takes the place of its poison marker."""
     object_ = mapping.object
-    # In a guarded view, which is read-only, first writes are not watched.
-    protect = object_.tracks_dirt and mapping.hits is None
     try:
-        await mapping.client.space.unpoison(mapping.address_of(page), protect=protect)
+        await mapping.client.space.unpoison(mapping.address_of(page), protect=mapping.watched)
     except OSError:
         if object_.is_present(page):
             raise

@@ -15,7 +15,7 @@ import asyncio
 from collections.abc import Iterator
 from typing import Any
 
-from hwpoison.core import failure
+from hwpoison.core import failure, residence
 from hwpoison.core.books import Books
 from hwpoison.core.journal import failure_of, identity_of, of_kind
 from hwpoison.core.machine import Inheritance, NotIsolatedError
@@ -157,11 +157,13 @@ class _Takeover:
             assert isinstance(number, int)
             clients[number] = Client(number, self.inherited.space(number, pid), self.books.machine.page_size)
             self.books.inherit(clients[number])
+        mappings: dict[Any, Mapping] = {}
         for (number,), value in of_kind(self.records, "mapping").items():
             client_number, object_number, address, slot, errors_apart, heir, error_seen = value
             client, object_ = clients[client_number], self._by_number[object_number]
             hits = self.inherited.hits(client_number, slot) if slot >= 0 else None
             mapping = Mapping(number, client, object_, address, 0, object_.pages.count, hits)  # type: ignore[arg-type]
+            mappings[number] = mapping
             mapping.errors_apart, mapping.heir, mapping.error_seen = errors_apart, heir, error_seen
             # Which of them it has met is not known, and to take one away that is not there does nothing.
             mapping.markers.update(object_.losses)
@@ -171,6 +173,10 @@ class _Takeover:
                 while hits is not None and hits.count < mapping.met_before + len(mapping.met):
                     hits.hit()
             self.books.add_mapping(mapping)
+        for (number, own), (first, count, write) in of_kind(self.records, "resident").items():
+            assert isinstance(own, int)
+            mappings[number].resident[own] = (first, count, write)
+            residence.count_pages(mappings[number], own, 1)
         for asked_by, object_number in of_kind(self.records, "promised").items():
             object_ = self._by_number[object_number]
             self.books.promises[asked_by] = object_  # type: ignore[index]
@@ -296,7 +302,7 @@ async def _watch(object_: MemoryObject) -> None:
     changed is watched too, as changed pages may lie anywhere between; its next write is noted once more."""
     if object_.tracks_dirt:
         async with object_.locks.hold(0, object_.pages.count):
-            await object_.watch(0, object_.pages.count)
+            await object_.watch_again(0, object_.pages.count)
 
 
 def _drop(object_: MemoryObject, page: int) -> None:

@@ -1,8 +1,9 @@
 """Writing dirty pages of a writable file back.
 
 A piece of dirty pages is locked, watched for writes again, noted as clean and on its way, copied, and let go of; then the
-copy is written. A store that comes meanwhile makes its page dirty again and is written the next time. A page is not
-clean before the write has ended, so a failure that strikes it waits for that (`core.failure`).
+copy is written. A store that comes meanwhile makes its page dirty again and is written the next time; a page that is
+resident for writing (`core.residence`) stays dirty. A page is not clean before the write has ended, so a failure that
+strikes it waits for that (`core.failure`).
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ async def _write_back_piece(books: Books, object_: MemoryObject, first: int, cou
         for page in range(first, first + count):
             # Two flushes of one object: the second waits for the first one's write, or it would overtake it.
             await object_.written_back(page)
-        await object_.watch(first, count)
+        unwatched = await object_.watch_again(first, count)
         copies, failed = _copied(object_, _well(object_, first, count))
         struck = [page for page in range(first, first + count) if object_.pages.flags[page] & STRUCK == STRUCK]
         runs = [(start, length) for start, length, _ in copies]
@@ -141,7 +142,8 @@ async def _write_back_piece(books: Books, object_: MemoryObject, first: int, cou
             for page in range(start, start + length):
                 # In this order: whenever this process is killed, the page counts as changed.
                 object_.pages.set(WRITEBACK, page)
-                object_.pages.clear(DIRTY, page)
+                if page not in unwatched:
+                    object_.pages.clear(DIRTY, page)
     try:
         for start, length, copy in copies:
             error = await _write(books, object_, start, length, copy)

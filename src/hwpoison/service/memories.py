@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from hwpoison import protocol
-from hwpoison.core import policy, recovery
+from hwpoison.core import policy, recovery, residence
 from hwpoison.core.journal import AskedBy
 from hwpoison.core.mappings import Mapping
 from hwpoison.core.objects import MemoryObject
@@ -79,8 +79,8 @@ class Memories:
 
     async def ask(
         self,
-        request: protocol.Write | protocol.Prefetch | protocol.Repair | protocol.Discard | protocol.Lost | protocol.Met
-        | protocol.Flush,
+        request: protocol.Write | protocol.Prefetch | protocol.Resident | protocol.ResidentOver | protocol.Repair
+        | protocol.Discard | protocol.Lost | protocol.Met | protocol.Flush,
     ) -> protocol.Message:  # fmt: skip
         manager = self.session.server.manager
         mapping = self._mapping(request.mapping)
@@ -90,6 +90,11 @@ class Memories:
                 await recovery.write(manager, object_, request.offset, request.data)
             case protocol.Prefetch():
                 await manager.prefetch(mapping, *object_.pages_of(request.offset, request.nbytes))
+            case protocol.Resident():
+                pages = object_.pages_of(request.offset, request.nbytes)
+                await residence.begin(manager, mapping, request.number, *pages, write=request.write)
+            case protocol.ResidentOver():
+                residence.end(manager, mapping, request.number)
             case protocol.Repair():
                 return protocol.Count(await recovery.repair(manager, object_, request.offset, request.data))
             case protocol.Discard():
@@ -236,7 +241,7 @@ class Memories:
     async def _protect(self, mapping: Mapping, request: protocol.Map) -> None:
         """The client has done it, but a page that was taken away before the mapping was known can have lost its marker."""
         object_ = mapping.object
-        if not object_.tracks_dirt or mapping.hits is not None or self.session.space is None:
+        if not mapping.watched or self.session.space is None:
             return
         try:
             await self.session.space.protect(request.address, object_.pages.count * object_.page_size)

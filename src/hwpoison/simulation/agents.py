@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 
 ACCESSES = ("read", "write", "look", "call")
-"""Steps that touch memory. `look` reads through a guarded view, `call` by a system call of a process in user mode."""
+"""Steps that touch memory. `look` reads through a guarded view, `call` reads or writes by a system call of a process in user
+mode."""
 
 
 class Agent:
@@ -104,7 +105,7 @@ class Agent:
     @property
     def has_written(self) -> bool:
         """True if it has written something, or was about to."""
-        return any(step.kind == "write" for step in self.script[: self.at + 1])
+        return any(step.kind in ("write", "make resident") for step in self.script[: self.at + 1])
 
     def maps(self, page: int) -> bool:
         """True if the page is in its page table."""
@@ -150,7 +151,7 @@ class Agent:
         assert self.area is not None
         world, page = self.world, step.page
         if step.kind == "call":
-            self._call(page)
+            self._call(page, step.data)
             return
         try:
             found = self.process.touch(self.area, page, (lambda _: step.data) if step.kind == "write" else None)
@@ -168,15 +169,24 @@ class Agent:
             self.guard.looked(page, found)
         self.at += 1
 
-    def _call(self, page: int) -> None:
+    def _call(self, page: int, data: bytes) -> None:
         """Where the manager would have to be asked, it fails with EFAULT."""
         assert self.area is not None
+        expectation = self.world.expectation
         try:
-            self.world.expectation.read(self.name, page, self.process.copy(self.area, page))
+            found = self.process.copy(self.area, page, data)
         except OSError:
+            entry, protected = self.area.entries.get(page, ("", False))
             present = self.world.store.pages[page]
-            if present is not None and not present.bad and page not in self.world.object.losses:
-                self.world.expectation.in_vain(self.name, page, self.area.entries.get(page, ("", False))[0])
+            if present is not None and not present.bad and page not in self.world.object.losses and not (data and protected):
+                expectation.in_vain(self.name, page, entry)
+            if self.mapping is not None:
+                expectation.refused_in_call(self.mapping.number, self.name, page)
+        else:
+            if data:
+                expectation.stored(page, data)
+            else:
+                expectation.read(self.name, page, found)
         self.at += 1
 
     def _refused(self, page: int, *, sent: bool = False) -> None:

@@ -105,6 +105,7 @@ class Fingerprint:
             _streams(mapping.reads, mapping.object), _streams(mapping.writes, mapping.object),
             mapping.error_seen, mapping.errors_apart, mapping.heir,
             len(mapping._answers), tuple(mapping._asleep.items()), mapping.hits and mapping.hits.guarded,
+            tuple(mapping.resident.values()),
         )  # fmt: skip
 
     def _outside(self) -> tuple[Any, ...]:
@@ -192,7 +193,8 @@ class Fingerprint:
             tuple([(one.number, tuple(sorted(dirty))) for one, dirty in expectation._dirty.items()]),
             tuple(sorted(expectation._unsynced)), expectation.unheard,
             tuple(sorted(expectation.elsewhere)), expectation.collapsed,
-            tuple(sorted(expectation.struck)), tuple(sorted([self._frame(one) for one in expectation.named])),
+            tuple(sorted(expectation.resident)), tuple(sorted(expectation.struck)),
+            tuple(sorted([self._frame(one) for one in expectation.named])),
         )  # fmt: skip
 
     # --- what tasks hold
@@ -312,7 +314,7 @@ _ONLY = (
 LOOKED_AT = {
     "MemoryObject": (
         "_io", "backing", "closed", "ending", "error_sequence", "locks", "losses", "mappings", "pages", "references",
-        "untold",
+        "resident", "untold",
     ),
     "Manager": ("_clients", "_objects", "answers", "lost_changes_of", "promises", "reclaim"),
 }  # fmt: skip

@@ -57,6 +57,8 @@ class Expectation:
         """What had gone wrong when last nothing was under way, and how much of that was a sync."""
         self._told_of: dict[Mapping, int] = {}
         """Of how many syncs that failed before a handle's next flush it can't be told any more."""
+        self.resident: dict[int, int] = {}
+        """The page that is to be fit for system calls, by the mapping."""
         self.struck: set[int] = set()
         """Pages that somebody has said are bad, or whose frames are."""
         self.named: set[int] = set()
@@ -278,6 +280,12 @@ class Expectation:
         """A system call has failed at a page that is there."""
         if entry not in (POISON, HWPOISON):
             self.fail(f"No system call fails at a page that is there: {who}, page {page}.")
+
+    def refused_in_call(self, mapping: int, who: str, page: int) -> None:
+        """A system call has failed."""
+        failed = page in self.struck or page in self.world.object.losses or self.collapsed
+        if self.resident.get(mapping) == page and not failed:
+            self.fail(f"No system call fails where memory is resident and has not failed: {who}, page {page}.")
 
     @contextmanager
     def reporting(self, page: int) -> Iterator[list[Failure]]:

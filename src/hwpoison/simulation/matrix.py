@@ -43,7 +43,7 @@ AT_ONCE = {"absent": ("read", "read guarded", "attach", "evict")}
 everything is as with a file that is not cached, schedule by schedule."""
 APART = (
     "read guarded twice", "flush twice", "attach and flush", "frame report", "move", "read in a call",
-    "request to write across", "lose elsewhere",
+    "request to write across", "lose elsewhere", "read while resident", "write while resident",
 )  # fmt: skip
 """Operations that are explored beside a few others, and not in pairs with all of them."""
 
@@ -92,6 +92,11 @@ def apart() -> Iterator[Scenario]:
         if kind == "read-only":
             for beside in ("read", "read guarded", "report", "hardware", "evict", "prefetch", "discard"):
                 yield Scenario(kind, (state,), (("lose elsewhere", 0), (beside, 0)))
+        # Memory that is resident, beside what would take it away or watch it.
+        residence = "write while resident" if applies(kind, "write while resident") else "read while resident"
+        for beside in ("evict", "write back", "flush", "report", "discard", "truncate", "collapse", residence):
+            if applies(kind, beside):
+                yield Scenario(kind, (state,), ((residence, 0), (beside, 0)), worker=())
         # The last client goes: nobody else has the object.
         for operation in operations:
             if not operation.startswith("attach"):

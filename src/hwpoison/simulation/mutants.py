@@ -95,7 +95,7 @@ WRITEBACK, LOCKS, POLICY, MANAGER = (
     "hwpoison.core.manager",
 )
 
-TAKEOVER = "hwpoison.core.takeover"
+TAKEOVER, RECLAIM = "hwpoison.core.takeover", "hwpoison.core.reclaim"
 
 MUTANTS = (
     Mutant(
@@ -220,10 +220,10 @@ MUTANTS = (
     Mutant(
         "copied before it is watched", "linux-facts 14: a store between the copy and the protection",
         "a store is neither in the file nor dirty", WRITEBACK,
-        "        await object_.watch(first, count)\n"
+        "        unwatched = await object_.watch_again(first, count)\n"
         "        copies, failed = _copied(object_, _well(object_, first, count))\n",
         "        copies, failed = _copied(object_, _well(object_, first, count))\n"
-        "        await object_.watch(first, count)\n",
+        "        unwatched = await object_.watch_again(first, count)\n",
     ),
     Mutant(
         "clean before the write has ended", "Linux e8675d291ac0 (the wait for write-back was skipped)",
@@ -289,6 +289,24 @@ MUTANTS = (
         "flush() fails for pages that are well", WRITEBACK,
         "            if length > 1:\n"
         "                copies += _copied(object_, [(page, 1) for page in range(start, start + length)])[0]\n", "",
+    ),
+    Mutant(
+        "what is resident is dropped", "linux-facts 2: a system call in user mode fails at an absent page",
+        "a system call fails where it was promised not to", RECLAIM,
+        "    if object_.resident and any(page in object_.resident for page in range(first, first + count)):\n"
+        "        return False\n", "",
+    ),
+    Mutant(
+        "what is resident is watched", "linux-facts 2: a system call in user mode fails at a page that is watched",
+        "a system call fails where it was promised not to", WRITEBACK,
+        "        unwatched = await object_.watch_again(first, count)\n",
+        "        await object_.watch(first, count)\n        unwatched = ()\n",
+    ),
+    Mutant(
+        "what a system call may write to is clean", "it can't be watched, so nobody sees it written to",
+        "what a call writes after a write-back never gets to the file", WRITEBACK,
+        "                if page not in unwatched:\n                    object_.pages.clear(DIRTY, page)\n",
+        "                object_.pages.clear(DIRTY, page)\n",
     ),
     Mutant(
         "a loss shown as zeros is not counted", "linux-facts 19: the manager records the hit, then answers",
@@ -462,6 +480,9 @@ _KNOWN_CELLS = {
     "every page is taken for a part of a large frame": "read-only present: report 0, report 0",
     "the marker goes to another process's address": "read-only lost: read 0, hardware 0",
     "a cached file is read from its begin": "cached absent: read 0, evict 0",
+    "what is resident is dropped": "read-only present: read while resident 0, evict 0",
+    "what is resident is watched": "writable dirty: write while resident 0, write back 0",
+    "what a system call may write to is clean": "writable dirty: write while resident 0, flush 0",
     "a bad page keeps its neighbours from the file": "writable dirty dirty: flush 0, kernel poison 1",
 }
 

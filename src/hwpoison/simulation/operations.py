@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
-from hwpoison.core import recovery, writeback
+from hwpoison.core import recovery, residence, writeback
 from hwpoison.core.mappings import Mapping
 from hwpoison.core.objects import Backing, Loss
 from hwpoison.core.records import Outcome, Report, Source, State
@@ -99,6 +100,24 @@ async def _flush(world: World, mapping: Mapping, page: int, data: bytes) -> None
     world.touched_all()
 
 
+async def _make_resident(world: World, mapping: Mapping, page: int, data: bytes) -> None:
+    try:
+        await residence.begin(world.manager, mapping, 1, page, 1, write=mapping.object.writable)
+    except PoisonError as error:
+        world.expectation.told_lost([one.offset // PAGE_SIZE for one in error.ranges])
+    except FileNotFoundError:
+        assert mapping.object.closed
+    except OSError as error:
+        assert error.errno == errno.ENOMEM, error
+    else:
+        world.expectation.resident[mapping.number] = page
+
+
+async def _end_residence(world: World, mapping: Mapping, page: int, data: bytes) -> None:
+    world.expectation.resident.pop(mapping.number, None)
+    residence.end(world.manager, mapping, 1)
+
+
 async def _prefetch(world: World, mapping: Mapping, page: int, data: bytes) -> None:
     await world.manager.prefetch(mapping, page, 1)
 
@@ -112,7 +131,11 @@ REQUESTS: dict[str, Request] = {
     "discard": _discard,
     "flush": _flush,
     "prefetch": _prefetch,
+    "make resident": _make_resident,
+    "end residence": _end_residence,
 }
+INNER = ("make resident", "end residence")
+"""What clients do only together with other things."""
 
 
 # --- what happens to the world ---------------------------------------------------------------------------------------
@@ -244,6 +267,10 @@ def _guarded(page: int, data: bytes) -> list[Step]:
     return [Step("enter", page), Step("look", page), Step("leave", page)]
 
 
+def _resident(page: int, *calls: Step) -> list[Step]:
+    return [Step("make resident", page), *calls, Step("end residence", page)]
+
+
 SCRIPTS: dict[str, Callable[[int, bytes], list[Step]]] = {
     "read": lambda page, data: [Step("read", page)],
     "write": lambda page, data: [Step("write", page, data)],
@@ -256,14 +283,20 @@ SCRIPTS: dict[str, Callable[[int, bytes], list[Step]]] = {
     "attach": lambda page, data: [Step("attach", page), Step("read", page)],
     "attach and flush": lambda page, data: [Step("attach", page), Step("flush", page)],
     "read in a call": lambda page, data: [Step("call", page)],
-    **{kind: (lambda page, data, kind=kind: [Step(kind, page, data)]) for kind in REQUESTS},  # type: ignore[misc]
+    "read while resident": lambda page, data: _resident(page, Step("call", page)),
+    "write while resident": lambda page, data: _resident(page, Step("call", page, data), Step("call", page)),
+    **{
+        kind: (lambda page, data, kind=kind: [Step(kind, page, data)])  # type: ignore[misc]
+        for kind in REQUESTS
+        if kind not in INNER
+    },
 }
 DYING = ("die", "die reading")
 """Clients that may be killed at any moment."""
 OPERATIONS = (*SCRIPTS, *STORIES, *CHANGES)
 _WRITING = (
     "write", "die", "request to write", "request to write half of", "request to write across", "repair", "flush",
-    "flush twice", "attach and flush", "write back",
+    "flush twice", "attach and flush", "write back", "write while resident",
 )  # fmt: skip
 _FILES = ("truncate", "change", "flush", "flush twice", "attach and flush", "write back")
 

@@ -146,16 +146,18 @@ class Process:
             found.content = write(found.content)
         return found.content
 
-    def copy(self, area: Area, page: int) -> bytes:
-        """Read a page in a system call, of a process in user mode: OSError (EFAULT) if that would be a fault."""
-        kind, _ = area.entries.get(page, ("", False))
+    def copy(self, area: Area, page: int, data: bytes = b"") -> bytes:
+        """Read a page in a system call of a process in user mode, or write it: OSError (EFAULT) if that would be a fault."""
+        kind, protected = area.entries.get(page, ("", False))
         found = area.store.pages[page]
         if kind == ZEROS:
             return bytes(area.store.size)
-        if kind in (POISON, HWPOISON) or found is None or found.bad:
+        if kind in (POISON, HWPOISON) or found is None or found.bad or (data and protected):
             raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
         if kind != PAGE:
-            area.entries[page] = (PAGE, area.entries.get(page, ("", False))[1])
+            area.entries[page] = (PAGE, protected)
+        if data:
+            found.content = data
         return found.content
 
     def _sleep(self, area: Area, page: int, write: bool, *, protected: bool) -> None:

@@ -18,7 +18,7 @@ from hwpoison.simulation.choices import Choices
 from hwpoison.simulation.explore import Run, run
 from hwpoison.simulation.loop import Mode
 from hwpoison.simulation.matrix import STATES, workers
-from hwpoison.simulation.operations import CHANGES, REQUESTS, STORIES, applies
+from hwpoison.simulation.operations import CHANGES, INNER, REQUESTS, STORIES, applies
 from hwpoison.simulation.runs import SavedRun
 from hwpoison.simulation.scenario import Operation, Scenario
 from hwpoison.simulation.shrink import kind_of, shrink
@@ -45,8 +45,9 @@ def scenario(seed: int) -> Scenario:
     chance = random.Random(seed)
     kind = chance.choice(tuple(STATES))
     pages = _pages(chance)
-    plain = [one for one in ("read", "read", "write", "write", "read in a call") if applies(kind, one)]
-    asked = _some(chance, kind, (*REQUESTS, "flush twice"))
+    accesses = ("read", "read", "write", "write", "read in a call", "read while resident", "write while resident")
+    plain = [one for one in accesses if applies(kind, one)]
+    asked = _some(chance, kind, (*[one for one in REQUESTS if one not in INNER], "flush twice"))
     befalls = _some(chance, kind, (*STORIES, *CHANGES))
     clients: list[list[Operation]] = [[] for _ in range(CLIENTS)]
     # A client whose views are guarded has no other mapping here.
