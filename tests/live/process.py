@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
+import hwpoison
 from tests.support import SECONDS_MAX
 
 _PRELUDE = """
@@ -134,6 +135,36 @@ def kill_service(keeper_pid: int) -> None:
     signal.pidfd_send_signal(manager, signal.SIGKILL)
     select.select([manager], [], [], SECONDS_MAX)
     os.close(manager)
+
+
+def kill(one: int | hwpoison.Manager) -> None:
+    """SIGKILL, of a process or of whatever manager it is now, and it is dead when this returns."""
+    pid = one if isinstance(one, int) else one.statistics().pid
+    process = os.pidfd_open(pid)
+    signal.pidfd_send_signal(process, signal.SIGKILL)
+    assert select.select([process], [], [], SECONDS_MAX)[0]
+    os.close(process)
+
+
+class serving:  # noqa: N801  (used as a function)
+    """`hwpoison serve`, serving."""
+
+    def __init__(self, path: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "hwpoison", "serve", "--socket", str(path)], stderr=subprocess.PIPE
+        )
+        assert self._process.stderr is not None
+        assert b"serves at" in self._process.stderr.readline()
+
+    def __enter__(self) -> subprocess.Popen[bytes]:
+        return self._process
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            kill_service(self._process.pid)
+        self._process.wait(SECONDS_MAX)
+        assert self._process.stderr is not None
+        self._process.stderr.close()
 
 
 def state_of(pid: int) -> str:

@@ -18,7 +18,7 @@ import hwpoison
 from hwpoison import Outcome, State, events
 from hwpoison.linux.syscalls import PAGE_SIZE
 from tests.live.conftest import known
-from tests.live.process import Child, asleep_in_a_fault, keeper_of, kill_service, manager_of, state_of
+from tests.live.process import Child, asleep_in_a_fault, keeper_of, kill, kill_service, manager_of, serving, state_of
 from tests.live.slow_files import SlowFile
 from tests.support import SECONDS_MAX, wait_until
 
@@ -30,15 +30,6 @@ MakeFile = Callable[..., Path]
 
 def page(letter: str) -> bytes:
     return letter.encode() * PAGE
-
-
-def kill(one: int | hwpoison.Manager) -> None:
-    """SIGKILL, of a process or of whatever manager it is now, and it is dead when this returns."""
-    pid = one if isinstance(one, int) else one.statistics().pid
-    process = os.pidfd_open(pid)
-    signal.pidfd_send_signal(process, signal.SIGKILL)
-    assert select.select([process], [], [], SECONDS_MAX)[0]
-    os.close(process)
 
 
 def stop(pid: int) -> None:
@@ -406,27 +397,6 @@ def test_who_tells_it_to_end_during_a_restart_is_heard(tmp_path: Path, when: str
         assert server.wait(SECONDS_MAX) == 0
         asking.wait(SECONDS_MAX)
     assert not path.exists()
-
-
-class serving:  # noqa: N801  (used as a function)
-    """`hwpoison serve`, serving."""
-
-    def __init__(self, path: Path) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "hwpoison", "serve", "--socket", str(path)], stderr=subprocess.PIPE
-        )
-        assert self._process.stderr is not None
-        assert b"serves at" in self._process.stderr.readline()
-
-    def __enter__(self) -> subprocess.Popen[bytes]:
-        return self._process
-
-    def __exit__(self, *_: object) -> None:
-        if self._process.poll() is None:
-            kill_service(self._process.pid)
-        self._process.wait(SECONDS_MAX)
-        assert self._process.stderr is not None
-        self._process.stderr.close()
 
 
 def test_events_are_logged_once_also_those_that_were_not_written_yet(manager: hwpoison.Manager) -> None:
