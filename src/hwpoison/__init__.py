@@ -40,9 +40,11 @@ What a manager says of itself:
 
     ObjectInfo        one of `objects()`
     Statistics        what `statistics()` returns
+    Capabilities      what it can do on this machine
     LoggedEvent       one of `events()`
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -52,7 +54,7 @@ if TYPE_CHECKING:
     from hwpoison.app.manager import BaseManager, Manager, SharedManager, connect
     from hwpoison.app.memory import Memory
     from hwpoison.app.notices import Handle, Notice, NoticeStream, set_policy
-    from hwpoison.core.records import Failure, Outcome, Policy, State
+    from hwpoison.core.records import Capabilities, Failure, Outcome, Policy, State
     from hwpoison.errors import EHWPOISON, PoisonError, Range, UnsupportedError
     from hwpoison.events import LoggedEvent
     from hwpoison.protocol import ObjectInfo, Statistics
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EHWPOISON",
     "BaseManager",
+    "Capabilities",
     "Failure",
     "Handle",
     "Location",
@@ -92,11 +95,23 @@ _PLACES = {
     "app.manager": ("BaseManager", "Manager", "SharedManager", "connect"),
     "app.memory": ("Memory",),
     "app.notices": ("Handle", "Notice", "NoticeStream", "set_policy"),
-    "core.records": ("Failure", "Outcome", "Policy", "State"),
+    "core.records": ("Capabilities", "Failure", "Outcome", "Policy", "State"),
     "errors": ("EHWPOISON", "PoisonError", "Range", "UnsupportedError"),
     "events": ("LoggedEvent",),
     "protocol": ("ObjectInfo", "Statistics"),
 }
+if sys.platform != "linux":
+    # Plain shared memory without recovery is what there is.
+    _PLACES = {
+        "plain": (
+            "BaseManager", "Handle", "Location", "Manager", "Memory", "NoticeStream", "SafeView", "SharedManager", "connect",
+            "guard", "load", "locate", "lost", "set_policy",
+        ),
+        "core.records": ("Capabilities", "Failure", "Notice", "Outcome", "Policy", "State"),
+        "errors": ("EHWPOISON", "PoisonError", "Range", "UnsupportedError"),
+        "events": ("LoggedEvent",),
+        "protocol": ("ObjectInfo", "Statistics"),
+    }  # fmt: skip
 
 
 def __getattr__(name: str) -> object:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import hwpoison
-from tests.support import SECONDS_MAX
+from tests.support import SECONDS_MAX, wait_until
 
 _PRELUDE = """
 import json, mmap, os, signal, sys, threading, time
@@ -123,8 +123,10 @@ def keeper_of(manager_pid: int) -> int:
 
 def manager_of(keeper_pid: int) -> int:
     """The manager that the keeper has started."""
-    (pid,) = map(int, Path(f"/proc/{keeper_pid}/task/{keeper_pid}/children").read_text().split())
-    return pid
+    children = Path(f"/proc/{keeper_pid}/task/{keeper_pid}/children")
+    # The kernel's list can lack one while another process ends (proc(5)).
+    wait_until(lambda: len(children.read_text().split()) == 1, "the keeper has one child")
+    return int(children.read_text())
 
 
 def kill_service(keeper_pid: int) -> None:

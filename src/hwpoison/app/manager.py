@@ -18,10 +18,10 @@ from contextlib import suppress
 from pathlib import Path
 from socket import AF_UNIX, SOCK_SEQPACKET
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from hwpoison import events as event_log
-from hwpoison import protocol
+from hwpoison import plain, protocol
 from hwpoison.app import (
     fork,  # noqa: F401  (from now on a forked child has everything again)
     guard,  # noqa: F401  (a thread that imports holds a lock that would stay locked in a child which another thread forks)
@@ -30,7 +30,8 @@ from hwpoison.app.checking import not_negative, text, true_or_false, whole
 from hwpoison.app.connection import Channel, Connection, Descriptor, NoWelcomeError
 from hwpoison.app.memory import Memory
 from hwpoison.app.notices import Notices, NoticeStream
-from hwpoison.core.records import Failure, Policy, Report, Source
+from hwpoison.core.records import Capabilities, Failure, Policy, Report, Source
+from hwpoison.errors import UnsupportedError
 from hwpoison.linux.files import checked_file
 from hwpoison.linux.syscalls import PAGE_SIZE
 from hwpoison.linux.userfaultfd import NO_FEATURE, Feature, open_userfaultfd
@@ -263,6 +264,12 @@ class BaseManager:
     def _report(self, report: Report) -> Failure:
         return self.connection.request(protocol.ReportPage(report, self.connection.new_number()), protocol.Handled).failure
 
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this manager can do for this process, see `Capabilities`."""
+        welcome = self.connection.welcome
+        return Capabilities(recovery=True, system_calls=not self.connection.user_mode, poison_markers=welcome.poison_markers)
+
     def notices(self) -> NoticeStream:
         """As `Memory.notices`, of everything that this process maps of the manager."""
         self.connection.check()
@@ -370,12 +377,22 @@ class Manager(BaseManager):
     long an access waits for its file; then it fails, and the page is lost, with that reason. `offline_foreign` (root): hand
     reports on frames that are not managed to the kernel.
     `without`: features of userfaultfd to do without as an older kernel must, for tests. Raises `UnsupportedError` where
-    userfaultfd can't be had, saying what to do.
+    userfaultfd can't be had, saying what to do; with `required=False` there is a warning then, and plain shared memory with
+    the same interface and without recovery (`capabilities` says so).
     """
+
+    def __new__(cls, *, required: bool = True, **_: Any) -> Self:
+        if not true_or_false("required", required):
+            try:
+                os.close(open_userfaultfd().fd)
+            except UnsupportedError as error:
+                return plain.Manager(required=False, why=str(error.strerror))  # type: ignore[return-value]
+        return super().__new__(cls)
 
     def __init__(
         self,
         *,
+        required: bool = True,
         memory_limit: int | None = None,
         offline_foreign: bool = False,
         policy: Policy | str = Policy.LATE,
@@ -480,6 +497,8 @@ def connect(socket: str | os.PathLike[str] | None = None, *, maps: bool = True) 
         raise ConnectionError(f"no manager is named: pass its socket, or set {SOCKET_VARIABLE} (hwpoison run does)")
     if not isinstance(socket_name, str):
         raise TypeError(f"a manager's socket is a path of str, not of {type(socket_name).__name__}")
+    if socket_name.startswith(plain.PREFIX):
+        return plain.connect(socket_name)  # type: ignore[return-value]
     if "\0" in socket_name:
         raise ValueError(f"a manager's socket has no NUL in its name: {socket_name!r}")
     if not socket_name.startswith("@"):

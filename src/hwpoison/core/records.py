@@ -124,6 +124,21 @@ class Notice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What a manager can do on this machine.
+
+    `recovery`: pages that fail are isolated, read again, and told. `system_calls`: one that meets a page which is not there
+    waits for it, where it would else fail with EFAULT (`Memory.resident`). `poison_markers`: an access to what is lost is
+    refused by the kernel itself, also in system calls. `reason`: why there is no recovery.
+    """
+
+    recovery: bool
+    system_calls: bool
+    poison_markers: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
     """One line of the event log. All events of one failure carry its `event_id`."""
 

@@ -1,0 +1,507 @@
+"""The same interface where memory can't be managed: plain shared memory, without recovery. Nothing here is Linux's alone.
+
+`Manager(required=False)` is this where userfaultfd can't be had, and on other systems. What fails is as it is without
+hwpoison: nothing is isolated, read again or told, and nothing is ever lost as far as is known here. Objects are files in a
+folder that goes with its manager; other processes `connect` to that, or are sent the `Memory` by pickling.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from urllib.parse import quote
+
+from hwpoison.core.records import Capabilities, Failure, Policy
+from hwpoison.errors import Range, UnsupportedError
+from hwpoison.protocol import ObjectInfo, Statistics
+
+if TYPE_CHECKING:
+    import numpy
+    import numpy.typing
+
+PREFIX = "plain:"
+"""What the `socket` of such a manager begins with."""
+OTHER_SYSTEM = f"memory is managed on Linux only, and this is {sys.platform}"
+Content = bytes | bytearray | memoryview
+
+_warned = False
+
+
+def _warn(why: str) -> None:
+    """Once for the process."""
+    global _warned  # noqa: PLW0603
+    if not _warned:
+        _warned = True
+        warnings.warn(f"hwpoison manages no memory here, so nothing of it is recovered: {why}", RuntimeWarning, stacklevel=3)
+
+
+class Handle:
+    """Of a function that will not be called."""
+
+    def __init__(self, function: Callable[..., object]) -> None:
+        self._function = function
+
+    def cancel(self) -> None:
+        """Nothing to do."""
+
+    def __call__(self, notice: object) -> object:
+        return self._function(notice)
+
+
+class NoticeStream:
+    """No notices: iterating ends at once, and the descriptor is never readable."""
+
+    def __init__(self) -> None:
+        self._ours, self._other = socket.socketpair()
+
+    def fileno(self) -> int:
+        return self._ours.fileno()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Any:
+        raise StopIteration
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Any:
+        raise StopAsyncIteration
+
+    def close(self) -> None:
+        self._ours.close()
+        self._other.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class Mark(NamedTuple):
+    """As `app.view.Mark`: nothing is ever met."""
+
+    inherited: tuple[Range, ...] = ()
+    seen: int = 0
+
+
+class View:
+    """As `app.view.GuardedView` and `Visit`, for `guard`."""
+
+    mark = Mark()
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+
+    @property
+    def buffer(self) -> memoryview:
+        return self._memory.buffer.toreadonly()
+
+    @property
+    def address(self) -> int:
+        return self._memory.address
+
+    def unseen(self, seen: int) -> bool:
+        return False
+
+    def leave(self) -> list[Range]:
+        return []
+
+    def told(self) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+
+class Memory:
+    """As `hwpoison.Memory`; nothing of it is ever lost as far as is known here."""
+
+    def __init__(self, manager: Manager, path: str, name: str, kind: str, mode: str, offset: int, nbytes: int) -> None:
+        self._manager = manager
+        self._opened = (path, name, kind, mode, offset, nbytes)
+        self.name = name
+        self.nbytes = nbytes
+        self.kind = kind
+        self.writable = mode == "r+"
+        self.closed = False
+        self._policy: Policy | None = None
+        self._at = offset % mmap.ALLOCATIONGRANULARITY
+        access = mmap.ACCESS_WRITE if self.writable else mmap.ACCESS_READ
+        with open(path, "r+b" if self.writable else "rb") as file:
+            self._mapping = mmap.mmap(file.fileno(), nbytes + self._at, access=access, offset=offset - self._at)
+
+    @property
+    def manager(self) -> Manager:
+        return self._manager
+
+    @property
+    def buffer(self) -> memoryview:
+        self._check_open()
+        return memoryview(self._mapping)[self._at : self._at + self.nbytes]
+
+    def __buffer__(self, flags: int, /) -> memoryview:
+        return self.buffer
+
+    @property
+    def address(self) -> int:
+        with self.buffer as view:
+            import numpy  # noqa: PLC0415  (it takes long to load)
+
+            return int(numpy.frombuffer(view, "u1").__array_interface__["data"][0])
+
+    def addresses(self) -> list[int]:
+        return [self.address]
+
+    def array(
+        self,
+        dtype: numpy.typing.DTypeLike = "u1",
+        shape: int | tuple[int, ...] | None = None,
+        *,
+        offset: int = 0,
+        order: Literal["C", "F"] = "C",
+    ) -> numpy.ndarray[Any, Any]:
+        import numpy  # noqa: PLC0415
+
+        if shape is None:
+            shape = (self.nbytes - offset) // numpy.dtype(dtype).itemsize
+        return numpy.ndarray(shape, dtype, numpy.frombuffer(self.buffer, "u1"), offset, order=order)
+
+    def visit(self, *, tells: bool = True) -> tuple[View, View]:
+        """For `hwpoison.guard`."""
+        view = View(self)
+        return view, view
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        return bytes(self.buffer[self._range(offset, nbytes)])
+
+    def write(self, offset: int, data: Content) -> None:
+        if not self.writable:
+            raise PermissionError(f"{self.name!r} is open read-only; open it with mode 'r+'")
+        view = memoryview(data).cast("B")
+        self.buffer[self._range(offset, len(view))] = view
+
+    def prefetch(self, offset: int = 0, nbytes: int | None = None) -> None:
+        self._range(offset, nbytes)
+
+    @contextmanager
+    def resident(self, offset: int = 0, nbytes: int | None = None, write: bool = False) -> Iterator[memoryview]:
+        if write and not self.writable:
+            raise PermissionError(f"memory {self.name!r} is read-only; open it with mode 'r+'")
+        part = self.buffer[self._range(offset, nbytes)]
+        with part if write else part.toreadonly() as view:
+            yield view
+
+    def flush(self) -> None:
+        self._check_open()
+        if self.writable and self.kind == "file":
+            self._mapping.flush()
+
+    def lost(self) -> list[Range]:
+        self._check_open()
+        return []
+
+    def repair(self, offset: int, data: Content) -> int:
+        self._range(offset, len(memoryview(data).cast("B")))
+        return 0
+
+    def discard(self, offset: int = 0, nbytes: int | None = None) -> int:
+        self._range(offset, nbytes)
+        return 0
+
+    def notices(self) -> NoticeStream:
+        self._check_open()
+        return NoticeStream()
+
+    def on_failure(self, function: Callable[[Any], object]) -> Handle:
+        self._check_open()
+        return Handle(function)
+
+    @property
+    def policy(self) -> Policy:
+        return self._policy or self._manager.policy
+
+    @policy.setter
+    def policy(self, policy: Policy | str | None) -> None:
+        self._policy = None if policy is None else Policy(policy)
+
+    def kept_by_views(self) -> None:
+        """They keep their mapping by themselves."""
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        self.flush()
+        try:
+            self._mapping.close()
+        except BufferError:
+            raise BufferError(f"{self.name!r} has views (arrays or memoryviews); delete them before close()") from None
+        self.closed = True
+        self._manager._open.pop(id(self), None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Callable[..., Memory], tuple[Any, ...]]:
+        self._check_open()
+        return _opened_again, (self._manager.socket, *self._opened)
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ValueError(f"memory {self.name!r} is closed")
+
+    def _range(self, offset: int, nbytes: int | None) -> slice:
+        self._check_open()
+        end = self.nbytes if nbytes is None else offset + nbytes
+        if offset < 0 or end < offset or end > self.nbytes:
+            raise ValueError(f"bytes {offset} to {end} are not within {self.name!r}, which ends at {self.nbytes}")
+        return slice(offset, end)
+
+
+def _opened_again(socket_name: str, *opened: Any) -> Memory:
+    return connect(socket_name)._memory(*opened)
+
+
+class Manager:
+    """As `hwpoison.Manager`, without a process of its own. The options of that are accepted, and make no difference."""
+
+    def __init__(
+        self,
+        *,
+        memory_limit: int | None = None,
+        offline_foreign: bool = False,
+        policy: Policy | str = Policy.LATE,
+        io_limit: float = 30.0,
+        required: bool = True,
+        folder: str | None = None,
+        why: str = OTHER_SYSTEM,
+        **others: object,
+    ) -> None:
+        if required:
+            raise UnsupportedError(f"{why}; with Manager(required=False) programs run without recovery")
+        self._owned = folder is None
+        if self._owned:
+            _warn(why)
+        shared = "/dev/shm" if os.path.isdir("/dev/shm") else None
+        self._folder = folder or tempfile.mkdtemp(prefix="hwpoison-", dir=shared)
+        self._open: dict[int, Memory] = {}
+        self.socket = PREFIX + self._folder
+        self.pid = os.getpid()
+        self.policy = Policy(policy)
+        self.closed = False
+        self.capabilities = Capabilities(recovery=False, system_calls=True, poison_markers=False, reason=why)
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self._folder, quote(name, safe="") + ".memory")
+
+    def _memory(self, *opened: Any) -> Memory:
+        if self.closed:
+            raise ConnectionError("the manager was closed; open a new one with Manager() or connect()")
+        memory = Memory(self, *opened)
+        self._open[id(memory)] = memory
+        return memory
+
+    def allocate(
+        self, nbytes: int, name: str | None = None, *, persistent: bool = False, populate: bool | None = None
+    ) -> Memory:
+        if nbytes < 1:
+            raise ValueError(f"{nbytes} bytes: an object has at least 1")
+        if name is None:
+            if persistent:
+                raise ValueError("persistent memory needs a name, by which it can be attached again: pass name=")
+            names = map("anonymous-{}".format, count(1))
+            name = next(one for one in names if not os.path.exists(self._path(one)))
+        try:
+            with open(self._path(name), "xb") as file:
+                file.truncate(nbytes)
+        except FileExistsError:
+            raise FileExistsError(
+                f"the name {name!r} is taken by another object; pass another name=, or attach({name!r})"
+            ) from None
+        return self._memory(self._path(name), name, "anonymous", "r+", 0, nbytes)
+
+    def attach(self, name: str) -> Memory:
+        for one in self._open.values():
+            if one.name == name and one.kind == "file":
+                return self._memory(*one._opened)
+        try:
+            nbytes = os.path.getsize(self._path(name))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"there is no object {name!r}") from None
+        return self._memory(self._path(name), name, "anonymous", "r+", 0, nbytes)
+
+    def open(
+        self,
+        path: str | os.PathLike[str],
+        mode: Literal["r", "r+"] = "r",
+        offset: int = 0,
+        nbytes: int | None = None,
+        *,
+        name: str | None = None,
+    ) -> Memory:
+        if mode not in ("r", "r+"):
+            raise ValueError(f"mode {mode!r}: a file is opened 'r' or 'r+'")
+        place = os.path.abspath(path)
+        size = os.path.getsize(place)
+        nbytes = size - offset if nbytes is None else nbytes
+        if offset < 0 or nbytes < 1 or offset + nbytes > size:
+            raise ValueError(f"{nbytes} bytes at offset {offset} are not within {place!r}, which has {size} bytes")
+        return self._memory(place, name or place, "file", mode, offset, nbytes)
+
+    def unlink(self, name: str) -> None:
+        try:
+            os.unlink(self._path(name))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"there is no object {name!r}") from None
+
+    def inject(self, memory: str | Memory, offset: int, action_required: bool = False) -> Failure:
+        raise UnsupportedError(f"a failure can't be simulated: {self.capabilities.reason}")
+
+    def report(self, *arguments: object, **named: object) -> Failure:
+        raise UnsupportedError(f"a failure can't be handled: {self.capabilities.reason}")
+
+    def notices(self) -> NoticeStream:
+        return NoticeStream()
+
+    def objects(self) -> list[ObjectInfo]:
+        return [
+            ObjectInfo(
+                name=one.name, kind=one.kind, mode="r+" if one.writable else "r", persistent=False, nbytes=one.nbytes,
+                present=one.nbytes, dirty=0, lost=0, mappings=1, pids=[os.getpid()],
+            )
+            for one in self._open.values()
+        ]  # fmt: skip
+
+    def statistics(self) -> Statistics:
+        present = sum(one.nbytes for one in self._open.values())
+        return Statistics(
+            pid=self.pid, page_size=mmap.PAGESIZE, socket=self.socket, memory_limit=None, memory_present=present, keeper=0,
+            restarts=0, clients=1, objects=len(self._open), outcomes={}, states={}, quarantined=0, faults=0, read=0,
+            written=0, dropped=0, accesses_to_lost=0, events_dropped=0,
+        )  # fmt: skip
+
+    def events(self) -> Iterator[Any]:
+        return iter(())
+
+    def log_place(self) -> tuple[Path, str]:
+        return Path(os.devnull), ""
+
+    def restart(self) -> int:
+        return self.pid
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        kept = []
+        for memory in list(self._open.values()):
+            try:
+                memory.close()
+            except BufferError:
+                kept.append(memory.name)
+        if kept:
+            warnings.warn(f"still in use, kept by their views: {', '.join(kept)}", ResourceWarning, stacklevel=3)
+        self.closed = True
+        if self._owned and os.getpid() == self.pid:
+            # Where a mapped file can't be deleted, it stays.
+            with suppress(OSError):
+                shutil.rmtree(self._folder)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+BaseManager = SharedManager = Manager
+
+
+def connect(socket: str | os.PathLike[str] | None = None, *, maps: bool = True) -> Manager:
+    """The plain manager that has this `socket`."""
+    name = os.fspath(socket or "") or os.environ.get("HWPOISON_SOCKET", "")
+    if not name.startswith(PREFIX) or not os.path.isdir(name.removeprefix(PREFIX)):
+        raise ConnectionError(f"no manager answers at {name or 'no socket'}: {OTHER_SYSTEM}")
+    return Manager(required=False, folder=name.removeprefix(PREFIX))
+
+
+# --- where nothing else of hwpoison can be loaded
+
+
+class SafeView:
+    """As `hwpoison.SafeView`."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+
+    @property
+    def buffer(self) -> memoryview:
+        return self.memory.buffer.toreadonly()
+
+    def array(self, *arguments: Any, **named: Any) -> numpy.ndarray[Any, Any]:
+        array = self.memory.array(*arguments, **named)
+        array.flags.writeable = False
+        return array
+
+    def check(self) -> None:
+        pass
+
+
+@contextmanager
+def guard(*memories: Memory) -> Iterator[Any]:
+    """As `hwpoison.guard`: nothing lost is ever met."""
+    if not memories:
+        raise ValueError("guard() needs at least one memory")
+    views = tuple(map(SafeView, memories))
+    yield views[0] if len(views) == 1 else views
+
+
+def set_policy(policy: Policy | str | None) -> None:
+    """As `hwpoison.set_policy`."""
+    if policy is not None:
+        Policy(policy)
+
+
+class Location(NamedTuple):
+    """Bytes `offset` to `offset + nbytes` of `memory`."""
+
+    memory: Memory
+    offset: int
+    nbytes: int
+
+
+def locate(array: object) -> Location:
+    """As `hwpoison.locate`: nothing lies in managed memory."""
+    raise ValueError(f"the {type(array).__name__} does not lie in managed memory: {OTHER_SYSTEM}")
+
+
+def lost(array: object) -> numpy.ndarray[Any, Any]:
+    """As `hwpoison.lost`: none."""
+    import numpy  # noqa: PLC0415
+
+    return numpy.empty(0, numpy.intp)
+
+
+def load(
+    path: str | os.PathLike[str], mode: Literal["r", "r+"] = "r", *, manager: Manager | None = None
+) -> numpy.ndarray[Any, Any]:
+    """As `hwpoison.load`."""
+    import numpy  # noqa: PLC0415
+
+    array: numpy.ndarray[Any, Any] = numpy.load(path, mmap_mode=mode, allow_pickle=False)
+    return array

@@ -1,0 +1,162 @@
+"""Where memory can't be managed: `required=False` gives the same interface over plain shared memory, and says so once."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+import hwpoison
+from hwpoison import plain
+from tests import without_userfaultfd
+
+pytestmark = pytest.mark.live
+
+PROGRAM = """
+import asyncio, multiprocessing, os, pathlib, sys, warnings
+import numpy
+import hwpoison
+
+def add(memory):
+    memory.array("u1")[0] += 1
+
+def listens(stream):
+    async def all_of(stream):
+        return [one async for one in stream]
+    return list(stream) + asyncio.run(all_of(stream))
+
+if __name__ == "__main__":
+    warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True) as warned:
+        managers = [hwpoison.Manager(required=False) for _ in range(3)]
+    print(len(warned), warned[0].category.__name__, "nothing of it is recovered" in str(warned[0].message))
+    manager = managers[0]
+    print(manager.capabilities.recovery, bool(manager.capabilities.reason))
+    path = pathlib.Path(sys.argv[1])
+    path.write_bytes(bytes(range(256)) * 4096)
+    with manager, managers[1], managers[2]:
+        weights = manager.open(path, offset=100)
+        table = manager.allocate(1 << 20, name="t")
+        array = table.array("f8", (128, 1024))
+        array[:] = 1.0
+        with hwpoison.guard(table) as safe:
+            print(float(safe.array("f8", (128, 1024)).sum()), weights.read(0, 4), bytes(weights.buffer[:2]))
+        with table.resident(0, 8, write=True) as view:
+            view[:] = bytes(8)
+        table.write(8, b"written")
+        print(table.read(8, 7), table.lost(), table.repair(0, bytes(4096)), table.discard())
+        table.on_failure(print)
+        with table.notices() as stream:
+            print(listens(stream), stream.fileno() >= 0)
+        for method in ("spawn", "fork") if hasattr(os, "fork") else ("spawn",):
+            process = multiprocessing.get_context(method).Process(target=add, args=(table,))
+            process.start()
+            process.join()
+            print(method, process.exitcode, table.read(0, 1))
+        with hwpoison.connect(manager.socket) as other:
+            other.attach("t").write(0, b"seen")
+            print(table.read(0, 4))
+        for wrong in (lambda: manager.attach("u"), lambda: manager.allocate(1, "t"), lambda: table.read(0, 1 << 30),
+                      lambda: weights.write(0, b"x"), lambda: manager.inject(table, 0)):
+            try:
+                wrong()
+            except Exception as error:
+                print(type(error).__name__)
+        changed = manager.open(path, "r+", name="changed")
+        changed.write(0, b"changed")
+        changed.close()
+        print(path.read_bytes()[:7], sorted(one.name for one in manager.objects()) == sorted(["t", str(path)]))
+        del array, safe
+    print(os.path.exists(manager.socket.removeprefix("plain:")))
+"""
+PRINTED = [
+    "1 RuntimeWarning True",
+    "False True",
+    "131072.0 b'defg' b'de'",
+    "b'written' [] 0 0",
+    "[] True",
+    "spawn 0 b'\\x01'",
+    "fork 0 b'\\x02'",
+    "b'seen'",
+    "FileNotFoundError",
+    "FileExistsError",
+    "ValueError",
+    "PermissionError",
+    "UnsupportedError",
+    "b'changed' True",
+    "False",
+]
+
+
+def test_a_program_runs_where_there_is_no_userfaultfd() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        program = Path(folder, "program.py")
+        program.write_text(PROGRAM)
+        command = [sys.executable, without_userfaultfd.__file__, "--forbidden", sys.executable, str(program)]
+        done = subprocess.run(
+            [*command, f"{folder}/data.bin"], capture_output=True, text=True, timeout=60, check=False, cwd="/"
+        )
+    assert (done.returncode, done.stdout.splitlines()) == (0, PRINTED), done.stderr
+
+
+def test_it_is_the_real_one_where_that_can_be_had() -> None:
+    with hwpoison.Manager(required=False) as manager:
+        assert isinstance(manager, hwpoison.Manager)
+        assert manager.capabilities.recovery
+        assert manager.capabilities.reason == ""
+
+
+OTHER_SYSTEM = """
+import sys
+class NotHere:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("fcntl", "resource", "termios", "pwd", "grp") or name.startswith(("hwpoison.linux", "hwpoison.app")):
+            raise ImportError(f"{name} is not on this system")
+sys.meta_path.insert(0, NotHere())
+import hwpoison
+sys.modules.pop("fcntl", None)
+for name in hwpoison.__all__:
+    getattr(hwpoison, name)
+try:
+    hwpoison.Manager()
+except hwpoison.UnsupportedError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("system", ["win32", "darwin"])
+def test_everything_can_be_imported_on_other_systems(system: str, tmp_path: Path) -> None:
+    """As far as that can be seen on this one: without what they have not."""
+    start = f"import sys\nlinux, sys.platform = sys.platform, {system!r}\n"
+    done = subprocess.run([sys.executable, "-c", start + OTHER_SYSTEM], capture_output=True, text=True, check=False)
+    said = f"memory is managed on Linux only, and this is {system}; "
+    said += "with Manager(required=False) programs run without recovery\n"
+    assert (done.returncode, done.stdout) == (0, said), done.stderr
+    program = tmp_path / "program.py"
+    # What is not ours knows what system it is on.
+    program.write_text(start + OTHER_SYSTEM.replace("hwpoison.Manager()", "sys.platform = linux") + PROGRAM)
+    done = subprocess.run(
+        [sys.executable, str(program), str(tmp_path / "data.bin")], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout.splitlines()) == (0, PRINTED), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [(hwpoison.Manager, plain.Manager), (hwpoison.Memory, plain.Memory), (hwpoison.NoticeStream, plain.NoticeStream)],
+)
+def test_the_interface_is_the_same(one: type, other: type) -> None:
+    inner = ("about_to_fork", "begin_again", "guarded_view", "descriptor", "visit")
+    for name in dir(one):
+        if name.startswith("_") or name in inner:
+            continue
+        assert hasattr(other, name) or name in inspect.getsource(other), name
+        found = getattr(one, name)
+        if inspect.isfunction(found) and name != "report":
+            parameters = inspect.signature(getattr(other, name)).parameters
+            assert list(parameters) == list(inspect.signature(found).parameters), name
