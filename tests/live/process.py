@@ -151,9 +151,9 @@ def kill(one: int | hwpoison.Manager) -> None:
 class serving:  # noqa: N801  (used as a function)
     """`hwpoison serve`, serving."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, environment: dict[str, str] | None = None) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "hwpoison", "serve", "--socket", str(path)], stderr=subprocess.PIPE
+            [sys.executable, "-m", "hwpoison", "serve", "--socket", str(path)], stderr=subprocess.PIPE, env=environment
         )
         assert self._process.stderr is not None
         assert b"serves at" in self._process.stderr.readline()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -411,3 +412,50 @@ def test_events_are_logged_once_also_those_that_were_not_written_yet(manager: hw
     logged = [event.event_id for event in manager.events() if event.kind == "outcome"]
     assert logged == found
     assert events.default_path().exists()
+
+
+def test_another_version_that_is_installed_meanwhile_takes_over_at_a_planned_restart_and_at_a_death(tmp_path: Path) -> None:
+    """A whole installation of its own, of which files are replaced while it serves."""
+    installed = tmp_path / "installed"
+    shutil.copytree(Path(hwpoison.__path__[0]), installed / "hwpoison", ignore=shutil.ignore_patterns("__pycache__"))
+    server_file = installed / "hwpoison" / "service" / "server.py"
+    first = server_file.read_text()
+    line = "            memory_limit=self.manager.memory_limit,\n"
+    assert first.count(line) == 1
+    environment = {**os.environ, "PYTHONPATH": str(installed), "PYTHONDONTWRITEBYTECODE": "1"}
+    path = tmp_path / "socket"
+    with serving(path, environment) as server:
+        code = """
+manager = hwpoison.connect(arguments[0])
+table = manager.allocate(1 << 20, "table")
+table.write(0, b"t" * (1 << 20))
+manager.inject(table, 1 << 16)
+say(manager.statistics().memory_limit)
+for _ in range(3):
+    hear()
+    say([manager.statistics().memory_limit, table.buffer[0], bytes(table.read(1 << 19, 2)).decode(), len(table.lost())])
+"""
+        with Child(code, str(path)) as client:
+            assert client.hear() is None
+            server_file.write_text(first.replace(line, "            memory_limit=2222,\n"))
+            done = subprocess.run(
+                [sys.executable, "-m", "hwpoison", "restart", "--socket", str(path)],
+                env=environment, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            assert client.ask() == [2222, ord("t"), "tt", 1]
+            # The keeper is of the new version too: who comes after a death is.
+            kill(manager_of(server.pid))
+            assert client.ask() == [2222, ord("t"), "tt", 1]
+            # One that can't even start is refused, and what serves goes on.
+            server_file.write_text("this is no Python\n")
+            done = subprocess.run(
+                [sys.executable, "-m", "hwpoison", "restart", "--socket", str(path)],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode != 0
+            assert len(done.stderr.splitlines()) == 1, done.stderr
+            assert client.ask() == [2222, ord("t"), "tt", 1]
+            assert client.wait() == 0, client.errors
