@@ -12,6 +12,7 @@ import json
 import os
 import random
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ try:
     import torch
 except ImportError:
     torch = None
+
+# Nobody writes to weights, and torch has no tensors that are read-only.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 WORKERS, LAYERS, WIDTH = 3, 8, 512
 
