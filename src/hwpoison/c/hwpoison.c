@@ -31,6 +31,7 @@ enum {
     DESCRIPTORS_MAX = 4,
     /* So often one manager may close the channel of a request before that counts as its answer. */
     REFUSALS_MAX = 3,
+    CONNECT_ATTEMPTS = 10,
     /* How long a manager that could not take a channel may need to say so. */
     REFUSAL_MILLISECONDS = 20,
 };
@@ -88,7 +89,7 @@ struct hwpoison_guard {
 
 struct hwpoison_manager {
     hwpoison_manager *next;
-    int control, channel, userfaultfd, lifeline;
+    int control, channel, userfaultfd, lifeline, other; /* the lifeline's other end, until the manager has it */
     bool user_mode, armed;
     size_t page_size;
     atomic_uint_least64_t *board;
@@ -97,7 +98,7 @@ struct hwpoison_manager {
     /* Held while something is asked. */
     pthread_mutex_t lock;
     hwpoison_memory *memories;
-    uint8_t *packet, *large;
+    uint8_t *packet, *large, *told;
     size_t nbytes;
     /* Of notices: */
     pthread_mutex_t notices_lock;
@@ -280,7 +281,7 @@ static void copy_text(value found, char *to, size_t nbytes) {
     size_t length = found.kind == TEXT ? found.number : 0;
     if (length >= nbytes)
         length = nbytes - 1;
-    if (length)
+    if (length && found.text)
         memcpy(to, found.text, length);
     to[length] = 0;
 }
@@ -334,6 +335,10 @@ static ssize_t receive_packet(int channel, uint8_t *bytes, int *fds, size_t *cou
 
 /* --- channels */
 
+/* All that there are; held where a fork must wait. */
+static hwpoison_manager *managers;
+static pthread_mutex_t managers_lock = PTHREAD_MUTEX_INITIALIZER;
+
 /* A new socket pair, of which the manager has the other end: asked for by what is in the packet, on the first channel, which
  * outlives the manager. Its answer comes by the new one. */
 static int new_channel(hwpoison_manager *manager, const char *request, uint64_t after) {
@@ -341,8 +346,12 @@ static int new_channel(hwpoison_manager *manager, const char *request, uint64_t 
     for (;;) {
         int pair[2], fds[DESCRIPTORS_MAX];
         size_t count;
-        if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair))
+        /* A child that is forked meanwhile would keep the other end open for ever. */
+        pthread_mutex_lock(&managers_lock);
+        if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair)) {
+            pthread_mutex_unlock(&managers_lock);
             return failed_by("no channel to the manager");
+        }
         bool listens = !strcmp(request, "Listen");
         uint8_t asked[64] = {(uint8_t)(listens ? 0x92 : 0x91), (uint8_t)(0xa0 | strlen(request))};
         size_t nbytes = 2 + strlen(request);
@@ -354,6 +363,7 @@ static int new_channel(hwpoison_manager *manager, const char *request, uint64_t 
         }
         int sent = send_packet(manager->control, asked, nbytes, &pair[1], 1);
         close(pair[1]);
+        pthread_mutex_unlock(&managers_lock);
         if (sent) {
             close(pair[0]);
             return failed(ECONNRESET, "the manager is gone, and its keeper");
@@ -527,8 +537,6 @@ static void arm(hwpoison_manager *manager, bool on) {
 
 /* --- in a forked child: the mappings are not there (MADV_DONTFORK), and the parent's channels must not stay open. */
 
-static hwpoison_manager *managers;
-static pthread_mutex_t managers_lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
 static void close_all(hwpoison_manager *manager) {
@@ -536,6 +544,7 @@ static void close_all(hwpoison_manager *manager) {
     close_fd(&manager->channel);
     close_fd(&manager->userfaultfd);
     close_fd(&manager->lifeline);
+    close_fd(&manager->other);
     close_fd(&manager->notices);
     close_fd(&manager->listening);
     close_fd(&manager->standing_event);
@@ -609,14 +618,20 @@ static int say_hello(hwpoison_manager *manager) {
         ask_for_device(manager);
     if (agree(manager->userfaultfd))
         return -1;
-    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair))
+    pthread_mutex_lock(&managers_lock);
+    bool none = socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair);
+    if (!none) {
+        manager->lifeline = pair[0];
+        manager->other = pair[1];
+    }
+    pthread_mutex_unlock(&managers_lock);
+    if (none)
         return failed_by("no lifeline");
-    manager->lifeline = pair[0];
-    int fds[] = {manager->userfaultfd, pair[1]};
+    int fds[] = {manager->userfaultfd, manager->other};
     begin(manager, "Hello", 1);
     put_number(manager, VERSION);
     int fields = ask(manager, manager->control, "Welcome", &in, got, &count, fds, 2);
-    close(pair[1]);
+    close_fd(&manager->other);
     if (fields < 0)
         return -1;
     skip(&in);
@@ -636,6 +651,16 @@ static int say_hello(hwpoison_manager *manager) {
     return 0;
 }
 
+static void forget(hwpoison_manager *manager) {
+    pthread_mutex_lock(&managers_lock);
+    for (hwpoison_manager **one = &managers; *one; one = &(*one)->next)
+        if (*one == manager) {
+            *one = manager->next;
+            break;
+        }
+    pthread_mutex_unlock(&managers_lock);
+}
+
 hwpoison_manager *hwpoison_connect(const char *socket) {
     const char *name = socket ? socket : getenv("HWPOISON_SOCKET");
     if (!name || !*name) {
@@ -644,29 +669,43 @@ hwpoison_manager *hwpoison_connect(const char *socket) {
     }
     pthread_once(&once, begin_to_watch_forks);
     hwpoison_manager *manager = calloc(1, sizeof *manager);
-    if (!manager || !(manager->packet = malloc(2 * MESSAGE_LIMIT))) {
+    if (!manager || !(manager->packet = malloc(3 * MESSAGE_LIMIT))) {
         free(manager);
         failed(ENOMEM, "there is no memory for a connection");
         return NULL;
     }
-    manager->channel = manager->userfaultfd = manager->lifeline = -1;
+    manager->told = manager->packet + 2 * MESSAGE_LIMIT;
+    manager->control = manager->channel = manager->userfaultfd = manager->lifeline = manager->other = -1;
     manager->notices = manager->listening = manager->standing_event = -1;
     pthread_mutex_init(&manager->lock, NULL);
     pthread_mutex_init(&manager->notices_lock, NULL);
-    manager->control = connected(name);
-    if (manager->control < 0 || say_hello(manager)) {
-        int number = errno;
-        close_all(manager);
-        free(manager->packet);
-        free(manager);
-        errno = number;
-        return NULL;
-    }
+    /* Known before it has anything: a child that is forked meanwhile closes it. */
     pthread_mutex_lock(&managers_lock);
     manager->next = managers;
     managers = manager;
     pthread_mutex_unlock(&managers_lock);
-    return manager;
+    for (int attempt = 1;; attempt++) {
+        pthread_mutex_lock(&managers_lock);
+        manager->control = connected(name);
+        pthread_mutex_unlock(&managers_lock);
+        if (manager->control < 0)
+            break;
+        if (!say_hello(manager))
+            return manager;
+        /* A manager may die with a client that it has just accepted; so many in a row do not. */
+        if (errno != ECONNRESET || attempt == CONNECT_ATTEMPTS)
+            break;
+        pthread_mutex_lock(&managers_lock);
+        close_all(manager);
+        pthread_mutex_unlock(&managers_lock);
+    }
+    int number = errno;
+    forget(manager);
+    close_all(manager);
+    free(manager->packet);
+    free(manager);
+    errno = number;
+    return NULL;
 }
 
 void hwpoison_disconnect(hwpoison_manager *manager) {
@@ -677,13 +716,7 @@ void hwpoison_disconnect(hwpoison_manager *manager) {
     begin(manager, "Goodbye", 0);
     request(manager, "Done", &in);
     pthread_mutex_unlock(&manager->lock);
-    pthread_mutex_lock(&managers_lock);
-    for (hwpoison_manager **one = &managers; *one; one = &(*one)->next)
-        if (*one == manager) {
-            *one = manager->next;
-            break;
-        }
-    pthread_mutex_unlock(&managers_lock);
+    forget(manager);
     close_all(manager);
     if (manager->board)
         munmap(manager->board, manager->board_nbytes);
@@ -738,12 +771,15 @@ static int map(hwpoison_memory *memory, struct mapping *mapping, bool guarded) {
 static void unmap(hwpoison_manager *manager, struct mapping *mapping) {
     reader in;
     int number = errno;
+    char said[sizeof message];
+    memcpy(said, message, sizeof said);
     if (mapping->address)
         munmap(mapping->address, mapping->nbytes);
     mapping->address = NULL;
     begin(manager, "Unmap", 1);
     put_number(manager, mapping->number);
     request(manager, "Done", &in);
+    memcpy(message, said, sizeof said);
     errno = number;
 }
 
@@ -752,8 +788,12 @@ static hwpoison_memory *found(hwpoison_manager *manager, uint64_t number) {
     reader in;
     int got[1];
     size_t count = 1;
-    if (ask(manager, -1, "Found", &in, got, &count, NULL, 0) < 0)
+    if (ask(manager, -1, "Found", &in, got, &count, NULL, 0) < 0) {
+        /* It may be there, and its descriptor could not be taken. */
+        struct mapping never = {.number = number};
+        unmap(manager, &never);
         return NULL;
+    }
     value object = want(&in, NUMBER), name = want(&in, TEXT), nbytes = want(&in, NUMBER);
     skip(&in);
     value writable = want(&in, TRUTH), protect = want(&in, TRUTH);
@@ -1064,7 +1104,7 @@ static uint64_t read_told(hwpoison_manager *manager, reader *in, hwpoison_notice
 }
 
 int hwpoison_next_notice(hwpoison_manager *manager, hwpoison_notice *notice) {
-    uint8_t bytes[8192];
+    uint8_t *bytes = manager->told;
     int result = -1;
     pthread_mutex_lock(&manager->notices_lock);
     if (manager->notices < 0)
@@ -1081,7 +1121,7 @@ int hwpoison_next_notice(hwpoison_manager *manager, hwpoison_notice *notice) {
         result = in.wrong ? failed(EPROTO, "the manager's notice is none") : 1;
     } else
         for (;;) {
-            ssize_t nbytes = recv(manager->listening, bytes, sizeof bytes, MSG_DONTWAIT);
+            ssize_t nbytes = recv(manager->listening, bytes, MESSAGE_LIMIT, MSG_DONTWAIT);
             if (nbytes < 0 && (errno == EAGAIN || errno == EINTR)) {
                 result = 0;
                 break;

@@ -207,7 +207,6 @@ def lose_block(books: Books, object_: MemoryObject, page: int, loss: Loss) -> tu
     changed: set[int] = {page for page in range(first, first + count) if object_.pages.flags[page] & (DIRTY | WRITEBACK)}
     victims: set[int] = set()
     for start, length in present:
-        object_.pages.left(start, length)
         books.reclaim.left(object_, length)
         for one in range(start, start + length):
             # What the file does not have is lost as that, whatever the page was that brought all this about.
@@ -217,8 +216,7 @@ def lose_block(books: Books, object_: MemoryObject, page: int, loss: Loss) -> tu
 
 
 def lose(books: Books, object_: MemoryObject, page: int, loss: Loss) -> tuple[int, ...]:
-    """An absent page is lost from now on: its owners are told. Their pids."""
-    assert not object_.pages.flags[page] & PRESENT
+    """A page that is not in memory any more is lost from now on: its owners are told. Their pids."""
     changed = loss.state is State.DIRTY_FILE and object_.backing is not None
     with books.journal.together():
         # The loss, and that its owners are to be told: both or neither.
@@ -228,7 +226,9 @@ def lose(books: Books, object_: MemoryObject, page: int, loss: Loss) -> tuple[in
             books.journal.errors(object_)
         note_loss(books, object_, page, loss, untold=changed)
         victims = tell_owners(books, object_, page, loss)
-    # Only now that it is written down.
+    # Only now that it is written down: a successor that finds no record knows by the flags that there was something.
+    if object_.pages.flags[page] & PRESENT:
+        object_.pages.left(page, 1)
     object_.pages.set(LOST, page)
     object_.pages.set(POISONED, page)
     return victims

@@ -97,6 +97,7 @@ class Fingerprint:
             tuple([self._mapping(one) for one in object_.mappings]),
             tuple([(client.alive, tuple(sorted(client.told.items())), len(client.vacated)) for client in manager.clients()]),
             self.canonical(vars(manager.reclaim)), tuple(sorted(manager.lost_changes_of.items())),
+            tuple(sorted(object_.resident.items())), tuple(manager.promises),
         )  # fmt: skip
 
     def _mapping(self, mapping: mappings.Mapping) -> tuple[Any, ...]:
@@ -105,7 +106,7 @@ class Fingerprint:
             _streams(mapping.reads, mapping.object), _streams(mapping.writes, mapping.object),
             mapping.error_seen, mapping.errors_apart, mapping.heir,
             len(mapping._answers), tuple(mapping._asleep.items()), mapping.hits and mapping.hits.guarded,
-            tuple(mapping.resident.values()),
+            tuple(mapping.resident.items()), mapping.gone,
         )  # fmt: skip
 
     def _outside(self) -> tuple[Any, ...]:

@@ -543,6 +543,10 @@ class Expectation:
             self.fail("The reverse map has the mappings that there are, and no other.")
         if object_.references != len(owners):
             self.fail(f"The references to an object balance: {object_.references} for {len(owners)} mappings.")
+        if object_.resident or any(one.resident for one in object_.mappings):
+            self.fail(
+                f"What is resident is so until that is over, or its client gone: page {min(object_.resident, default=0)}."
+            )
         unwritten = object_.closed and bool(self._gone_wrong()[0] or self.foreign)
         if world.store.transit:
             self.fail(f"Every frame that was taken out is held, or given back: frame {world.store.transit[0].number}.")

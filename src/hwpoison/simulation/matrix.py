@@ -97,6 +97,7 @@ def apart() -> Iterator[Scenario]:
         for beside in ("evict", "write back", "flush", "report", "discard", "truncate", "collapse", residence):
             if applies(kind, beside):
                 yield Scenario(kind, (state,), ((residence, 0), (beside, 0)), worker=())
+        yield Scenario(kind, (state,), ((residence, 0), (residence, 0), ("evict", 0)), worker=())
         # The last client goes: nobody else has the object.
         for operation in operations:
             if not operation.startswith("attach"):
@@ -151,6 +152,7 @@ def _gone_meanwhile() -> Iterator[Scenario]:
     """The last client dies while it waits for what it has asked for."""
     requests = (
         "request to write", "request to write half of", "request to write across", "repair", "discard", "flush", "prefetch",
+        "read while resident", "write while resident",
     )  # fmt: skip
     for kind, state, operations in _cells(variants=True):
         for request in requests:
@@ -195,10 +197,18 @@ def restarts(successors: int = 1) -> Iterator[Scenario]:
         # What takes a page away may take its marker too.
         budget = (("marker lost", 1),) if one.operations[0][0] == "evict" else ()
         yield replace(one, successors=successors, budget=budget)
+        if one.operations[0][0] in ("read while resident", "write while resident"):
+            yield replace(one, operations=(*one.operations, ("evict", 0)), worker=(), successors=successors)
     # A client that has died before has left nothing behind.
     for one in _gone_meanwhile():
         budget = (("sync fails", 1),) if one.kind == "writable" and one.clients[0][0][0] == "flush" else ()
         yield replace(one, budget=budget, death=True, successors=successors)
+    # A death while a large frame is given up, of which each page is lost.
+    for kind, state in (("writable", "dirty"), ("anonymous", "present")):
+        for failure in ("report", "hardware"):
+            operations = ((failure, 0), ("collapse", 1))
+            clients = ((("write", 1), ("read", 1)),) if kind == "anonymous" else ()
+            yield Scenario(kind, (state, state), operations, worker=(), clients=clients, death=True, successors=successors)
     # What the death in a write-back does to the reading of another page.
     for first in ("flush", "write back"):
         operations = ((first, 0), ("read", 1))

@@ -291,6 +291,22 @@ MUTANTS = (
         "                copies += _copied(object_, [(page, 1) for page in range(start, start + length)])[0]\n", "",
     ),
     Mutant(
+        "flags of a large frame go before its losses are known", "a reader's refutation, and once a bug of ours",
+        "what a dying manager gave up reads as zeros, or as the file", RECOVERY,
+        "        books.reclaim.left(object_, length)\n",
+        "        books.reclaim.left(object_, length)\n        object_.pages.left(start, length)\n",
+    ),
+    Mutant(
+        "who has gone keeps memory resident", "a reader's refutation: nothing said that these books balance",
+        "its pages can't be dropped any more", MANAGER,
+        "            residence.end(self, mapping, number)\n", "            pass\n",
+    ),
+    Mutant(
+        "two that want a page to stay count as one", "a reader's refutation: no two had the same page resident",
+        "a system call fails when the first of them has gone", "hwpoison.core.residence",
+        "        counted[page] += by\n", "        counted[page] = max(by, 0)\n",
+    ),
+    Mutant(
         "what is resident is dropped", "linux-facts 2: a system call in user mode fails at an absent page",
         "a system call fails where it was promised not to", RECLAIM,
         "    if object_.resident and any(page in object_.resident for page in range(first, first + count)):\n"
@@ -480,6 +496,9 @@ _KNOWN_CELLS = {
     "every page is taken for a part of a large frame": "read-only present: report 0, report 0",
     "the marker goes to another process's address": "read-only lost: read 0, hardware 0",
     "a cached file is read from its begin": "cached absent: read 0, evict 0",
+    "flags of a large frame go before its losses are known": "writable dirty dirty: report 0, collapse 1 and",
+    "who has gone keeps memory resident": "anonymous absent: ; beside clients that read while resident 0, die 0",
+    "two that want a page to stay count as one": "read-only absent: read while resident 0, read while resident 0, evict 0",
     "what is resident is dropped": "read-only present: read while resident 0, evict 0",
     "what is resident is watched": "writable dirty: write while resident 0, write back 0",
     "what a system call may write to is clean": "writable dirty: write while resident 0, flush 0",
