@@ -11,7 +11,7 @@ ARGS ?=
 # An interpreter to use instead of the one that is found: make setup PYTHON=/opt/python/bin/python3
 PYTHON ?=
 # What one run of the tests may take before it counts as hung.
-TEST_SECONDS_MAX ?= 600
+TEST_SECONDS_MAX ?= 900
 
 CANDIDATES := $(or $(PYTHON),python3 /usr/bin/python3 python3.14 python3.13 python3.12 python3.11)
 BIN := .venv/bin

@@ -189,7 +189,7 @@ def tried(memory, view, call=os.write):
 with hwpoison.Manager() as manager:
     reader, writer = os.pipe()
     say(manager.connection.user_mode)
-    memory = manager.allocate(64 * 4096, "t")
+    memory = manager.allocate(64 * 4096, "t", populate=False)
     memory.buffer[:4096] = bytes(range(256)) * 16
     hear()
 """
@@ -227,7 +227,7 @@ def test_efault_is_not_taken_for_a_loss_while_another_memory_may_be_the_reason(n
     code = """
     memory.prefetch()
     manager.inject(memory, 0)
-    other = manager.allocate(4096, "other")
+    other = manager.allocate(4096, "other", populate=False)
     say(tried(memory, lambda safe: other.buffer))
     other.prefetch()
     say(tried(memory, lambda safe: safe.buffer))

@@ -183,7 +183,7 @@ def tried(call):
     except OSError as error:
         say(-error.errno)
 
-for memory in (manager.allocate(16384, "t"), manager.open("book", "r+")):
+for memory in (manager.allocate(16384, "t", populate=False), manager.open("book", "r+")):
     reading = lambda: os.write(writer, memory.buffer[:8192])
     writing = lambda: os.preadv(source.fileno(), [memory.buffer[:8192]], 0)
     tried(reading)

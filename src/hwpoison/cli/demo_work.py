@@ -99,7 +99,8 @@ class Work:
 
     def allocate(self, name: str, nbytes: int) -> None:
         """Be the first to have anonymous memory."""
-        self._keep(self._manager.allocate(nbytes, name), None)
+        # A page that is free is struck too.
+        self._keep(self._manager.allocate(nbytes, name, populate=False), None)
 
     def attach(self, name: str, path: str | None) -> None:
         """Have what another client opened or allocated."""
@@ -291,7 +292,7 @@ class Work:
         """
         for attempt in range(CLOSE_ATTEMPTS_MAX):
             name = f"closing-{attempt}"
-            memory = self._manager.allocate(FILLERS * FILLED_BYTES, name)
+            memory = self._manager.allocate(FILLERS * FILLED_BYTES, name, populate=False)
             fillers = [threading.Thread(target=_fill, args=(memory, number)) for number in range(FILLERS)]
             for filler in fillers:
                 filler.start()

@@ -24,6 +24,8 @@ async def begin(books: Books, mapping: Mapping, number: int, first: int, count: 
     object_ = mapping.object
     if write and not object_.writable:
         raise PermissionError(f"{object_.name!r} is open read-only; open it with mode 'r+'")
+    if mapping.gone:
+        raise FileNotFoundError(f"{object_.name!r} was closed")
     end(books, mapping, number)
     books.reclaim.require_resident(object_, count)
     mapping.resident[number] = (first, count, write)
