@@ -251,8 +251,8 @@ class Memory:
         number = next(self._numbers)
         try:
             self._ask(protocol.Resident(self._number, number, offset, nbytes, write), protocol.Done)
-            whole = self.buffer[offset : offset + nbytes]
-            with whole if write else whole.toreadonly() as view:
+            part = self.buffer[offset : offset + nbytes]
+            with part if write else part.toreadonly() as view:
                 yield view
         finally:
             if not self.closed:
