@@ -15,7 +15,7 @@ import pytest
 
 from hwpoison.simulation.choices import Choices, DivergedError
 from hwpoison.simulation.explore import explore
-from hwpoison.simulation.fingerprint import LOOKED_AT, THE_SAME
+from hwpoison.simulation.fingerprint import LOOKED_AT, THE_SAME, Fingerprint
 from hwpoison.simulation.hunt import compare_all, hunt_all
 from hwpoison.simulation.matrix import BUDGETS, STATES
 from hwpoison.simulation.mutants import FAULTS, MUTANTS, RECOVERY, Mutant, planted
@@ -245,3 +245,21 @@ def test_all_that_an_object_and_a_manager_have_is_part_of_the_fingerprint_or_mak
     for one in (world.object, world.manager):
         name = type(one).__name__
         assert sorted(vars(one)) == sorted(LOOKED_AT[name] + THE_SAME[name])
+
+
+def test_what_is_resident_or_promised_makes_another_state() -> None:
+    def value() -> int:
+        return Fingerprint(world).value()
+
+    world = World(cell("writable", "present", "evict"), Choices(()))
+    mapping = next(iter(world.object.mappings))
+    seen = [value()]
+    world.object.resident[0] += 1
+    seen.append(value())
+    mapping.resident[1] = (0, 1, True)
+    seen.append(value())
+    world.manager.promises[1, 2] = world.object
+    seen.append(value())
+    mapping.gone = True
+    seen.append(value())
+    assert len(set(seen)) == len(seen)
