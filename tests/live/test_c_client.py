@@ -180,3 +180,14 @@ def test_who_sleeps_is_ended_when_nobody_is_left(driver: Path, tmp_path: Path) -
             wait_until(lambda: state_of(process.pid) != "R", "it sleeps")
             kill_service(server.pid)
             assert process.wait(SECONDS_MAX) == -signal.SIGBUS
+
+
+def test_a_loss_of_what_has_the_longest_name_is_told(client: Path, manager: hwpoison.Manager) -> None:
+    name = "€" * 4096
+    table = manager.allocate(64 * PAGE, name)
+    with running(client, name, socket=manager.socket) as process:
+        lines(process)
+        manager.inject(table, 3 * PAGE)
+        # Of the name there is as much as there is room for.
+        assert lines(process) == [f"lost {PAGE} bytes at {3 * PAGE} of {name[:85]}, anonymous page"]
+    del table
