@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,25 +13,19 @@ import pytest
 import hwpoison
 from hwpoison.linux.syscalls import PAGE_SIZE
 from hwpoison.protocol import MESSAGE_LIMIT
-from tests.live.process import Child
-from tests.support import wait_until
+from tests.live.process import Child, serving
 
 pytestmark = pytest.mark.live
 
 
 @pytest.fixture
-def serving() -> Iterator[Path]:
+def served() -> Iterator[Path]:
     """The socket of a manager, in a folder that everybody may look into."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         path = Path(folder) / "socket"
-        command = [sys.executable, "-P", "-m", "hwpoison", "serve", "--socket", str(path)]
-        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-            try:
-                wait_until(path.exists, "the manager serves")
-                yield path
-            finally:
-                process.terminate()
+        with serving(path):
+            yield path
 
 
 @pytest.mark.parametrize(
@@ -64,14 +56,14 @@ def test_a_wrong_argument_is_refused_in_words(
 
 
 def test_a_path_names_a_socket_and_another_users_manager_is_a_permission_error(
-    nobody: Callable[..., Child], serving: Path
+    nobody: Callable[..., Child], served: Path
 ) -> None:
-    hwpoison.connect(socket=serving).close()
+    hwpoison.connect(socket=served).close()
     code = """
 try:
     hwpoison.connect(arguments[0])
 except PermissionError as error:
     say(str(error))
 """
-    with nobody(code, str(serving)) as child:
+    with nobody(code, str(served)) as child:
         assert f"is that of user {os.geteuid()}" in child.hear()
