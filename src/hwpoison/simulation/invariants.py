@@ -448,6 +448,9 @@ class Expectation:
                 self._untold.add(page)
                 # Also a handle that is gone, and whose flush is still under way.
                 self.owed.update(self._flushes)
+                for begun, *_ in self._flushes.values():
+                    # What this page was to have in the file is lost; what it has from now on came after the flush began.
+                    begun[page] = -1
 
     def _look_at_loss(self, page: int, loss: Loss) -> None:
         """Nothing is declared lost that could be had back; a large frame that can't be split takes what is beside."""
