@@ -194,7 +194,7 @@ class Fingerprint:
             tuple([(one.number, tuple(sorted(dirty))) for one, dirty in expectation._dirty.items()]),
             tuple(sorted(expectation._unsynced)), expectation.unheard,
             tuple(sorted(expectation.elsewhere)), expectation.collapsed,
-            tuple(sorted(expectation.resident)), tuple(sorted(expectation.struck)),
+            tuple(sorted(expectation.resident.items())), tuple(sorted(expectation.struck)),
             tuple(sorted([self._frame(one) for one in expectation.named])),
         )  # fmt: skip
 

@@ -85,56 +85,6 @@ def hunt(name: str, schedules_max: int | None = None) -> Hunt:
     )  # fmt: skip
 
 
-COMPARED = (
-    ("anonymous", "present", ("report", "read")),
-    ("anonymous", "present", ("report", "report")),
-    ("anonymous", "absent", ("read", "report")),
-    ("read-only", "present", ("hardware", "read")),
-    ("read-only", "present", ("hardware", "collapse")),
-    ("anonymous", "present", ("report", "collapse")),
-    ("anonymous", "present", ("read", "report", "read")),
-    ("anonymous", "lost", ("discard", "report")),
-    ("writable", "lost", ("read guarded",)),
-    ("read-only", "absent", ("read", "change")),
-    ("read-only", "absent", ("read", "report")),
-    ("read-only", "absent", ("read", "report", "report")),
-    ("writable", "dirty", ("flush", "report")),
-    ("writable", "dirty", ("flush", "kernel poison")),
-    ("read-only", "absent", ("lose elsewhere", "read")),
-    ("anonymous", "lost", ("read", "read")),
-    ("writable", "dirty", ("evict", "read")),
-    ("writable", "dirty", ("flush twice",)),
-    ("writable", "dirty", ("flush twice", "report")),
-    ("writable", "dirty", ("write", "flush")),
-    ("writable", "dirty", ("flush", "request to write", "flush")),
-    ("writable", "dirty", ("flush", "frame report", "move")),
-    ("writable", "dirty", ("report", "attach and flush")),
-    ("writable", "dirty", ("close",)),
-    ("writable", "lost", ("request to write half of",)),
-    ("writable", "lost", ("repair", "read")),
-    ("writable", "lost", ("repair", "flush")),
-    ("writable", "absent", ("write", "report")),
-    ("writable", "present", ("request to write", "flush")),
-    ("cached", "absent", ("write", "read")),
-    ("cached", "absent", ("read", "request to write")),
-    ("cached", "present", ("evict", "read", "write")),
-)
-"""Cells without a worker, small enough to be explored without any reduction."""
-
-
-COMPARED_DYING = (
-    ("read-only", ("absent",), ("read",)),
-    ("read-only", ("present",), ("report",)),
-    ("anonymous", ("lost",), ("read",)),
-    ("anonymous", ("lost",), ("repair", "read")),
-    ("writable", ("dirty",), ("flush",)),
-    ("writable", ("dirty", "absent"), ("write back", "read")),
-    ("writable", ("absent",), ("request to write",)),
-    ("cached", ("present",), ("evict", "read")),
-)
-"""The same, with the manager's death and one that takes over."""
-
-
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """One cell with one mutant: was anything caught, without reduction and with each (sleep sets are for quiet mode).
@@ -156,7 +106,7 @@ class Comparison:
 
 
 def compare_all(schedules_max: int, names: Sequence[str] | None = None) -> Iterator[Comparison]:
-    """Every mutant, or those that are named, with every cell of `COMPARED`, on one page and on the first of two."""
+    """Every mutant, or those that are named, with every cell of `matrix.small`."""
     for found in _with_each(compare, schedules_max, names):
         yield from found
 
@@ -169,49 +119,11 @@ def compare(name: str, schedules_max: int) -> list[Comparison]:
     found = []
     with planted(mutant(name)):
         from hwpoison.simulation.explore import explore  # noqa: PLC0415  (with the mutant in it)
-        from hwpoison.simulation.matrix import BUDGETS  # noqa: PLC0415
+        from hwpoison.simulation.matrix import small  # noqa: PLC0415
         from hwpoison.simulation.scenario import Scenario  # noqa: PLC0415
 
         gc.freeze()
-        scenarios = [
-            Scenario(
-                kind,
-                (state,) * pages,
-                tuple((one, number % pages) for number, one in enumerate(operations)),
-                worker=(),
-                budget=BUDGETS[kind],
-            )
-            for kind, state, operations in COMPARED
-            for pages in (1, 2)[: len(operations)]
-        ]
-        scenarios += [
-            Scenario(
-                kind,
-                states,
-                tuple((one, number % len(states)) for number, one in enumerate(operations)),
-                worker=(),
-                budget=BUDGETS[kind] if kind == "cached" else (),
-                death=True,
-                successors=1,
-            )
-            for kind, states, operations in COMPARED_DYING
-        ]
-        # A window of two pages.
-        scenarios.append(Scenario("read-only", ("absent",) * 3, (), worker=(), clients=((("read", 0), ("read", 1)),)))
-        scenarios += [
-            Scenario(
-                "writable",
-                (state,),
-                (),
-                worker=(),
-                budget=(("sync fails", 1),),
-                clients=((("flush", 0), ("die", 0)),),
-                death=True,
-                successors=1,
-            )
-            for state in ("present", "dirty")
-        ]
-        for scenario in scenarios:
+        for scenario in small():
 
             def verdict(hashing: bool, sleeping: bool, scenario: Scenario = scenario) -> bool | None:
                 cell = explore(scenario, mode, hashing=hashing, sleeping=sleeping, schedules_max=schedules_max)

@@ -1,8 +1,9 @@
 """The cells that are explored: every state of a page with every pair of operations, beside a client that always works.
 
-There are five matrices: `pairs` on one page (all, or those without what differs little from others), `two_pages`, `deaths`,
-each operation by itself with the manager's death at every choice, `restarts`, the same with another manager that takes over,
-and `old_kernels`, pairs again where there are no poison markers.
+There are six matrices: `pairs` on one page (all, or those without what differs little from others), `apart`, what is not
+done beside everything, `two_pages`, `deaths`, each operation by itself with the manager's death at every choice, `restarts`,
+the same with another manager that takes over, and `old_kernels`, pairs again where there are no poison markers. `small` are
+cells in which reduction is compared with none.
 """
 
 from __future__ import annotations
@@ -213,6 +214,77 @@ def restarts(successors: int = 1) -> Iterator[Scenario]:
     for first in ("flush", "write back"):
         operations = ((first, 0), ("read", 1))
         yield Scenario("writable", ("dirty", "absent"), operations, worker=(), death=True, successors=successors)
+
+
+SMALL = (
+    ("anonymous", "present", ("report", "read")),
+    ("anonymous", "present", ("report", "report")),
+    ("anonymous", "absent", ("read", "report")),
+    ("read-only", "present", ("hardware", "read")),
+    ("read-only", "present", ("hardware", "collapse")),
+    ("anonymous", "present", ("report", "collapse")),
+    ("anonymous", "present", ("read", "report", "read")),
+    ("anonymous", "lost", ("discard", "report")),
+    ("writable", "lost", ("read guarded",)),
+    ("read-only", "absent", ("read", "change")),
+    ("read-only", "absent", ("read", "report")),
+    ("read-only", "absent", ("read", "report", "report")),
+    ("writable", "dirty", ("flush", "report")),
+    ("writable", "dirty", ("flush", "kernel poison")),
+    ("read-only", "absent", ("lose elsewhere", "read")),
+    ("anonymous", "lost", ("read", "read")),
+    ("writable", "dirty", ("evict", "read")),
+    ("writable", "dirty", ("flush twice",)),
+    ("writable", "dirty", ("flush twice", "report")),
+    ("writable", "dirty", ("write", "flush")),
+    ("writable", "dirty", ("flush", "request to write", "flush")),
+    ("writable", "dirty", ("flush", "frame report", "move")),
+    ("writable", "dirty", ("report", "attach and flush")),
+    ("writable", "dirty", ("close",)),
+    ("writable", "lost", ("request to write half of",)),
+    ("writable", "lost", ("repair", "read")),
+    ("writable", "lost", ("repair", "flush")),
+    ("writable", "absent", ("write", "report")),
+    ("writable", "present", ("request to write", "flush")),
+    ("cached", "absent", ("write", "read")),
+    ("cached", "absent", ("read", "request to write")),
+    ("cached", "present", ("evict", "read", "write")),
+    ("read-only", "absent", ("read while resident", "evict")),
+    ("read-only", "absent", ("read while resident", "read while resident", "evict")),
+    ("writable", "dirty", ("write while resident", "flush")),
+)
+SMALL_DYING = (
+    ("read-only", ("absent",), ("read",)),
+    ("read-only", ("present",), ("report",)),
+    ("anonymous", ("lost",), ("read",)),
+    ("anonymous", ("lost",), ("repair", "read")),
+    ("writable", ("dirty",), ("flush",)),
+    ("writable", ("dirty", "absent"), ("write back", "read")),
+    ("writable", ("absent",), ("request to write",)),
+    ("cached", ("present",), ("evict", "read")),
+)
+
+
+def small() -> Iterator[Scenario]:
+    """Cells without a worker, in each of which little happens: they can be explored without any reduction."""
+    for kind, state, operations in SMALL:
+        for pages in (1, 2)[: len(operations)]:
+            spread = tuple((one, number % pages) for number, one in enumerate(operations))
+            yield Scenario(kind, (state,) * pages, spread, worker=(), budget=BUDGETS[kind])
+    for kind, states, operations in SMALL_DYING:
+        spread = tuple((one, number % len(states)) for number, one in enumerate(operations))
+        budget = BUDGETS[kind] if kind == "cached" else ()
+        yield Scenario(kind, states, spread, worker=(), budget=budget, death=True, successors=1)
+    # A window of two pages.
+    yield Scenario("read-only", ("absent",) * 3, (), worker=(), clients=((("read", 0), ("read", 1)),))
+    yield Scenario("anonymous", ("absent",), (), worker=(), clients=((("read while resident", 0), ("die", 0)),))
+    for state in ("present", "dirty"):
+        clients = ((("flush", 0), ("die", 0)),)
+        budget = (("sync fails", 1),)
+        yield Scenario("writable", (state,), (), worker=(), budget=budget, clients=clients, death=True, successors=1)
+    # A death while a large frame is given up.
+    given_up = (("report", 0), ("collapse", 1))
+    yield Scenario("writable", ("dirty", "dirty"), given_up, worker=(), death=True, successors=1)
 
 
 MATRICES: dict[str, Callable[[], Iterator[Scenario]]] = {
