@@ -3,11 +3,14 @@
 #include <errno.h>
 #include <hwpoison.h>
 #include <inttypes.h>
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -144,6 +147,70 @@ static void forks(void) {
     MUST(bytes[page] == 0);
 }
 
+/* The other side kills the manager until it says so: whoever connects finds one. */
+static void connects(void) {
+    say("begin");
+    struct pollfd told = {0, POLLIN, 0};
+    while (!poll(&told, 1, 0)) {
+        hwpoison_manager *own = hwpoison_connect(NULL);
+        MUST(own);
+        hwpoison_memory *same = hwpoison_attach(own, "table");
+        MUST(same && ((volatile unsigned char *)hwpoison_address(same))[page] == 0);
+        hwpoison_disconnect(own);
+    }
+}
+
+static _Atomic int over;
+
+/* A child has none of the client's channels, whenever it is forked: a channel that it kept open would never say that its
+ * manager is dead. */
+static void *forking(void *argument) {
+    while (!over) {
+        pid_t child = fork();
+        if (!child) {
+            struct stat status;
+            for (int fd = 3; fd < 64; fd++)
+                if (!fstat(fd, &status) && S_ISSOCK(status.st_mode))
+                    _exit(fd);
+            _exit(0);
+        }
+        int status;
+        MUST(waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    }
+    return argument;
+}
+
+/* The same, while another thread forks. */
+static void forks_beside(void) {
+    pthread_t other;
+    MUST(!pthread_create(&other, NULL, forking, NULL));
+    connects();
+    over = 1;
+    pthread_join(other, NULL);
+}
+
+/* With fewer and fewer descriptors to be had: what can't be opened leaves nothing behind. */
+static void descriptors(void) {
+    struct rlimit before, few;
+    int refused = 0, lowest = dup(0);
+    close(lowest);
+    MUST(!getrlimit(RLIMIT_NOFILE, &before));
+    for (int spare = 6; spare >= 0; spare--) {
+        few = before;
+        few.rlim_cur = (rlim_t)(lowest + spare);
+        MUST(!setrlimit(RLIMIT_NOFILE, &few));
+        hwpoison_memory *own = hwpoison_allocate(manager, page, "own");
+        MUST(own || errno == EMFILE);
+        MUST(!setrlimit(RLIMIT_NOFILE, &before));
+        if (own)
+            hwpoison_close(own);
+        else
+            refused++;
+        MUST(!hwpoison_attach(manager, "own") && errno == ENOENT);
+    }
+    MUST(refused && hwpoison_nbytes(table));
+}
+
 static void sleeps(void) {
     volatile unsigned char *bytes = hwpoison_address(table);
     say("ready");
@@ -156,7 +223,8 @@ int main(int count, char **arguments) {
     static const struct {
         const char *name;
         void (*test)(void);
-    } tests[] = {{"memory", memory}, {"losses", losses}, {"threads", threads}, {"forks", forks}, {"sleeps", sleeps}};
+    } tests[] = {{"memory", memory}, {"losses", losses}, {"threads", threads}, {"forks", forks}, {"sleeps", sleeps},
+                 {"connects", connects}, {"forks beside", forks_beside}, {"descriptors", descriptors}};
     page = (size_t)sysconf(_SC_PAGESIZE);
     manager = hwpoison_connect(NULL);
     if (!manager) {

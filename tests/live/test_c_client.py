@@ -166,6 +166,30 @@ def test_a_forked_child_has_none_of_it_and_may_connect_anew(driver: Path, manage
     del table
 
 
+@pytest.mark.parametrize("what", ["connects", "forks beside"])
+def test_whoever_connects_while_managers_die_finds_one(driver: Path, manager: hwpoison.Manager, what: str) -> None:
+    table = manager.allocate(64 * PAGE, "table")
+    with running(driver, what, socket=manager.socket) as process:
+        assert lines(process) == ["begin"]
+        for _ in range(100):
+            kill(manager)
+            # The next one has taken over.
+            manager.inject(table, 9 * PAGE)
+        tell(process)
+        assert lines(process) == ["done"]
+        assert process.wait(SECONDS_MAX) == 0
+    wait_until(lambda: manager.statistics().clients == 1, "nobody else is there")
+
+
+def test_without_descriptors_nothing_is_left_behind(driver: Path, manager: hwpoison.Manager) -> None:
+    table = manager.allocate(64 * PAGE, "table")
+    with running(driver, "descriptors", socket=manager.socket) as process:
+        assert lines(process) == ["done"]
+        assert process.wait(SECONDS_MAX) == 0
+    assert manager.statistics().objects == 1
+    del table
+
+
 def test_who_sleeps_is_ended_when_nobody_is_left(driver: Path, tmp_path: Path) -> None:
     path = tmp_path / "socket"
     code = 'with hwpoison.connect(arguments[0]) as manager:\n    manager.allocate(64 << 16, "table", persistent=True)\n'

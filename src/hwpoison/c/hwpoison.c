@@ -89,7 +89,8 @@ struct hwpoison_guard {
 
 struct hwpoison_manager {
     hwpoison_manager *next;
-    int control, channel, userfaultfd, lifeline, other; /* the lifeline's other end, until the manager has it */
+    int control, channel, userfaultfd, lifeline;
+    int coming, other; /* a channel that the manager has not taken yet, the lifeline's other end until it has that */
     bool user_mode, armed;
     size_t page_size;
     atomic_uint_least64_t *board;
@@ -339,9 +340,16 @@ static ssize_t receive_packet(int channel, uint8_t *bytes, int *fds, size_t *cou
 static hwpoison_manager *managers;
 static pthread_mutex_t managers_lock = PTHREAD_MUTEX_INITIALIZER;
 
-/* A new socket pair, of which the manager has the other end: asked for by what is in the packet, on the first channel, which
- * outlives the manager. Its answer comes by the new one. */
-static int new_channel(hwpoison_manager *manager, const char *request, uint64_t after) {
+/* A child that is forked meanwhile finds a descriptor either there, and closes it, or not made yet. */
+static void let_go(int *fd) {
+    pthread_mutex_lock(&managers_lock);
+    close_fd(fd);
+    pthread_mutex_unlock(&managers_lock);
+}
+
+/* A new socket pair, of which the manager has the other end: asked for on the first channel, which outlives the manager. Its
+ * answer comes by the new one, which takes the place of what is at `channel`. With the lock held. */
+static int new_channel(hwpoison_manager *manager, const char *request, uint64_t after, int *channel) {
     uint8_t answer[256];
     for (;;) {
         int pair[2], fds[DESCRIPTORS_MAX];
@@ -363,25 +371,32 @@ static int new_channel(hwpoison_manager *manager, const char *request, uint64_t 
         }
         int sent = send_packet(manager->control, asked, nbytes, &pair[1], 1);
         close(pair[1]);
+        manager->coming = pair[0];
         pthread_mutex_unlock(&managers_lock);
         if (sent) {
-            close(pair[0]);
+            let_go(&manager->coming);
             return failed(ECONNRESET, "the manager is gone, and its keeper");
         }
-        ssize_t got = recv(pair[0], answer, sizeof answer, 0);
+        ssize_t got = recv(manager->coming, answer, sizeof answer, 0);
         while (got < 0 && errno == EINTR)
-            got = recv(pair[0], answer, sizeof answer, 0);
+            got = recv(manager->coming, answer, sizeof answer, 0);
         if (got > 0) {
             reader in = {answer, answer + got, false};
             want(&in, ARRAY);
             value name = next(&in);
-            if (is(name, "Added"))
-                return pair[0];
-            close(pair[0]);
+            if (is(name, "Added")) {
+                pthread_mutex_lock(&managers_lock);
+                close_fd(channel);
+                *channel = manager->coming;
+                manager->coming = -1;
+                pthread_mutex_unlock(&managers_lock);
+                return 0;
+            }
+            let_go(&manager->coming);
             skip(&in);
             return failed((int)next(&in).number, "the manager takes no channel: %.*s", 200, "it has no descriptors left");
         }
-        close(pair[0]);
+        let_go(&manager->coming);
         /* It is dead, or could not take the descriptor: then it says so where it was asked. Else the next one is asked. */
         struct pollfd said = {manager->control, POLLIN, 0};
         if (poll(&said, 1, REFUSAL_MILLISECONDS) > 0) {
@@ -416,7 +431,7 @@ static int ask(hwpoison_manager *manager, int channel, const char *reply, reader
         for (int refused = 0;; refused++) {
             if (refused > REFUSALS_MAX)
                 return failed(ECONNRESET, "the manager closes the connection again and again");
-            if (manager->channel < 0 && (manager->channel = new_channel(manager, "AddChannel", 0)) < 0)
+            if (manager->channel < 0 && new_channel(manager, "AddChannel", 0, &manager->channel))
                 return -1;
             bool sent = !send_packet(manager->channel, manager->packet, manager->nbytes, fds, count);
             nbytes = sent || errno == EPIPE || errno == ECONNRESET
@@ -426,7 +441,7 @@ static int ask(hwpoison_manager *manager, int channel, const char *reply, reader
                 break;
             if (nbytes < 0 && errno == EMFILE)
                 return -1;
-            close_fd(&manager->channel);
+            let_go(&manager->channel);
         }
     }
     const uint8_t *bytes = manager->packet + room;
@@ -541,6 +556,7 @@ static pthread_once_t once = PTHREAD_ONCE_INIT;
 
 static void close_all(hwpoison_manager *manager) {
     close_fd(&manager->control);
+    close_fd(&manager->coming);
     close_fd(&manager->channel);
     close_fd(&manager->userfaultfd);
     close_fd(&manager->lifeline);
@@ -631,7 +647,7 @@ static int say_hello(hwpoison_manager *manager) {
     begin(manager, "Hello", 1);
     put_number(manager, VERSION);
     int fields = ask(manager, manager->control, "Welcome", &in, got, &count, fds, 2);
-    close_fd(&manager->other);
+    let_go(&manager->other);
     if (fields < 0)
         return -1;
     skip(&in);
@@ -651,8 +667,10 @@ static int say_hello(hwpoison_manager *manager) {
     return 0;
 }
 
+/* In one step, for whoever forks: known and open, or neither. */
 static void forget(hwpoison_manager *manager) {
     pthread_mutex_lock(&managers_lock);
+    close_all(manager);
     for (hwpoison_manager **one = &managers; *one; one = &(*one)->next)
         if (*one == manager) {
             *one = manager->next;
@@ -675,7 +693,7 @@ hwpoison_manager *hwpoison_connect(const char *socket) {
         return NULL;
     }
     manager->told = manager->packet + 2 * MESSAGE_LIMIT;
-    manager->control = manager->channel = manager->userfaultfd = manager->lifeline = manager->other = -1;
+    manager->control = manager->channel = manager->coming = manager->userfaultfd = manager->lifeline = manager->other = -1;
     manager->notices = manager->listening = manager->standing_event = -1;
     pthread_mutex_init(&manager->lock, NULL);
     pthread_mutex_init(&manager->notices_lock, NULL);
@@ -701,7 +719,6 @@ hwpoison_manager *hwpoison_connect(const char *socket) {
     }
     int number = errno;
     forget(manager);
-    close_all(manager);
     free(manager->packet);
     free(manager);
     errno = number;
@@ -717,7 +734,6 @@ void hwpoison_disconnect(hwpoison_manager *manager) {
     request(manager, "Done", &in);
     pthread_mutex_unlock(&manager->lock);
     forget(manager);
-    close_all(manager);
     if (manager->board)
         munmap(manager->board, manager->board_nbytes);
     free(manager->standing);
@@ -1003,21 +1019,15 @@ int64_t hwpoison_discard(hwpoison_memory *memory, uint64_t offset, uint64_t nbyt
 /* --- notices */
 
 static int listen_again(hwpoison_manager *manager) {
-    int channel;
     pthread_mutex_lock(&manager->lock);
-    channel = new_channel(manager, "Listen", manager->last);
+    int result = new_channel(manager, "Listen", manager->last, &manager->listening);
     pthread_mutex_unlock(&manager->lock);
-    if (channel < 0)
-        return -1;
-    close_fd(&manager->listening);
     struct epoll_event event = {.events = EPOLLIN};
-    if (epoll_ctl(manager->notices, EPOLL_CTL_ADD, channel, &event)) {
-        failed_by("notices can't be waited for");
-        close(channel);
-        return -1;
+    if (!result && epoll_ctl(manager->notices, EPOLL_CTL_ADD, manager->listening, &event)) {
+        result = failed_by("notices can't be waited for");
+        let_go(&manager->listening);
     }
-    manager->listening = channel;
-    return 0;
+    return result;
 }
 
 /* What stands now, kept until it is asked for. */
@@ -1057,9 +1067,9 @@ int hwpoison_notices(hwpoison_manager *manager) {
             return manager->notices;
         }
         int number = errno;
-        close_fd(&manager->notices);
-        close_fd(&manager->listening);
-        close_fd(&manager->standing_event);
+        let_go(&manager->notices);
+        let_go(&manager->listening);
+        let_go(&manager->standing_event);
         errno = number;
     }
     int fd = manager->notices;
