@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 import hwpoison
-from hwpoison import Outcome, State, events
+from hwpoison import Outcome, State, events, protocol
+from hwpoison.linux.pairs import pair
 from hwpoison.linux.syscalls import PAGE_SIZE
 from tests.live.conftest import known
 from tests.live.process import Child, asleep_in_a_fault, keeper_of, kill, kill_service, manager_of, serving, state_of
@@ -39,6 +40,36 @@ def stop(pid: int) -> None:
 
 
 # --- what there was is there again -----------------------------------------------------------------------------------
+
+
+def test_who_was_to_be_told_that_a_child_may_come_is_told_by_the_next_manager(manager: hwpoison.Manager) -> None:
+    table = manager.allocate(PAGE, name="table")
+    # The first one may die after it has noted it and before it has said so. Who has heard it does not look again.
+    with manager.connection.invite() as invitation:
+        kill(manager)
+        assert table.lost() == []
+        invitation.settimeout(SECONDS_MAX)
+        said, _ = protocol.receive_reply(invitation)
+        assert isinstance(said, protocol.Added)
+        assert said.life == 2
+    wait_until(lambda: manager.statistics().clients == 1, "nobody is expected any more")
+
+
+def test_what_is_for_the_manager_stays_open_in_no_child() -> None:
+    ours, theirs = pair()
+    ours.settimeout(SECONDS_MAX)
+    hold, lives = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(lives)
+        os.read(hold, 1)
+        os._exit(0)
+    theirs.close()
+    assert ours.recv(1) == b""
+    os.close(lives)
+    assert os.waitpid(child, 0)[1] == 0
+    os.close(hold)
+    ours.close()
 
 
 def test_everything_is_as_it_was_and_nobody_reads_a_zero_that_was_not_there(

@@ -20,6 +20,7 @@ from typing import TypeVar
 from hwpoison import protocol
 from hwpoison.app.mapping import Watch
 from hwpoison.linux.lifeline import Lifeline
+from hwpoison.linux.pairs import pair
 from hwpoison.linux.userfaultfd import NEEDED, NO_FEATURE, Feature, Opened, open_userfaultfd
 
 all_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
@@ -217,7 +218,7 @@ class Connection:
         another."""
         inherited = self._control
         for attempts_left in reversed(range(JOIN_ATTEMPTS)):
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            ours, theirs = pair()
             self._control = inherited
             try:
                 with theirs:
@@ -344,7 +345,7 @@ class Connection:
         The answer comes by the new one, so an interrupt leaves nothing behind that somebody else would read.
         """
         while True:
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            ours, theirs = pair()
             try:
                 with theirs:
                     protocol.send(self._control, message, [theirs.fileno()])

@@ -33,6 +33,7 @@ from hwpoison.app.notices import Notices, NoticeStream
 from hwpoison.core.records import Capabilities, Failure, Policy, Report, Source
 from hwpoison.errors import UnsupportedError
 from hwpoison.linux.files import checked_file
+from hwpoison.linux.pairs import pair
 from hwpoison.linux.syscalls import PAGE_SIZE
 from hwpoison.linux.userfaultfd import NO_FEATURE, Feature, open_userfaultfd
 
@@ -429,7 +430,7 @@ class Manager(BaseManager):
         connection.on_fork.append(self._not_this_ones_child)
 
     def _start(self, arguments: list[str], without: Feature) -> Connection:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, theirs = pair()
         if theirs.fileno() <= 2:
             # This process has closed a standard descriptor. In the manager's that number is for what it is meant for.
             low, theirs = theirs, socket.socket(fileno=fcntl.fcntl(theirs, fcntl.F_DUPFD_CLOEXEC, 3))

@@ -14,12 +14,14 @@ import signal
 import socket
 import threading
 
+from hwpoison.linux.pairs import pair
+
 
 class Lifeline:
     """`other` is the end for the manager, until it is `given`."""
 
     def __init__(self) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        ours, theirs = pair(socket.SOCK_STREAM)
         self._ours, self._theirs = ours, theirs
         self._armed = False
         self.lock = threading.RLock()

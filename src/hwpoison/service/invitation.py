@@ -46,14 +46,20 @@ class Invitation:
             for one, object_ in enumerate(objects):
                 server.manager.promise(object_, (number, one))
         invitation = cls(server, connection, number)
-        with suppress(OSError):
-            protocol.send(connection, protocol.Added(server.manager.life, os.getpid()))
+        invitation._say_added()
         return invitation
 
     @classmethod
     def inherited(cls, server: Server, fd: int, number: int) -> Invitation:
-        """Of a manager before this one. Its promises are in the books."""
-        return cls(server, socket.socket(fileno=fd), number)
+        """Of a manager before this one, which may have died before it said so. Its promises are in the books."""
+        invitation = cls(server, socket.socket(fileno=fd), number)
+        invitation._say_added()
+        return invitation
+
+    def _say_added(self) -> None:
+        """Who is told twice has stopped listening, and does not notice."""
+        with suppress(OSError):
+            protocol.send(self._connection, protocol.Added(self._server.manager.life, os.getpid()))
 
     def _readable(self) -> None:
         try:
