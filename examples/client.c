@@ -2,7 +2,7 @@
  *
  *     c=$(python -c 'import hwpoison, os; print(os.path.join(hwpoison.__path__[0], "c"))')
  *     cc -std=c11 -O2 -I "$c" -o client examples/client.c "$c/hwpoison.c" -lpthread
- *     HWPOISON_SOCKET=... ./client table
+ *     HWPOISON_SOCKET=... ./client table        # an object that some process has allocated under this name
  *
  * It fills the table with numbers and sums it; then it waits for losses, and when one is told, sums it in a guard, repairs
  * what is lost, and sums it again. It ends when its standard input does.

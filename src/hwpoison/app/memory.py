@@ -145,8 +145,7 @@ class Memory:
         """The mapping itself, `nbytes` long; writable unless the memory is a file opened "r".
 
         System calls in user mode (see `hwpoison doctor`) get EFAULT for pages that the manager would have to be asked about.
-        Before one that reads from the memory, `prefetch` it. Before one that writes into it, store a byte in every page, or
-        use `write`.
+        `resident` makes a range fit for them.
         """
         self._check_open()
         return memory_of(self._mapping, self.name)[: self.nbytes]

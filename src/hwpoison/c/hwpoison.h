@@ -34,7 +34,8 @@ typedef struct {
     uint64_t offset, nbytes;
 } hwpoison_range;
 
-/* A loss. `memory` is one that this program has of the object, NULL if none is left. `time` in seconds since the epoch. */
+/* A loss. `memory` is one that this program has of the object, NULL if none is left. `time` in seconds since the epoch. Of a
+ * longer text, a name for instance, there is as much as there is room for. */
 typedef struct {
     hwpoison_memory *memory;
     uint64_t offset, nbytes;
@@ -61,7 +62,7 @@ int hwpoison_user_mode(const hwpoison_manager *manager);
 /* An object that exists, mapped. */
 hwpoison_memory *hwpoison_attach(hwpoison_manager *manager, const char *name);
 
-/* New anonymous memory, all zeros; it lives as long as some process has it open. */
+/* New anonymous memory, all zeros; it lives as long as some process has it open. The name must be free, and not empty. */
 hwpoison_memory *hwpoison_allocate(hwpoison_manager *manager, uint64_t nbytes, const char *name);
 
 void *hwpoison_address(const hwpoison_memory *memory);

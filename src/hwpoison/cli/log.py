@@ -55,6 +55,7 @@ def log(
       refill    a page was read again               access   somebody touched a lost page
       repair    a lost page has its content again   kill     who could not be told was ended
       discard   a lost page has fresh content       error    something failed; the detail says what
+      takeover  a manager follows one that ended
 
     \b
     Example:
