@@ -163,8 +163,11 @@ class Stage(RuleBasedStateMachine):
         return True
 
     def allocate(self, memory: Memory) -> bool:
-        allocated = sum(one.nbytes for one in self.memories if one.disk is None and one.is_open)
-        if self.limit is not None and allocated + memory.nbytes > self.limit * PAGE:
+        # Whole pages.
+        allocated = sum(
+            -(-one.nbytes // PAGE) for one in self.memories if one.disk is None and (one.is_open or one is memory)
+        )
+        if self.limit is not None and allocated > self.limit:
             with pytest.raises(MemoryError):
                 self.manager.allocate(memory.nbytes, memory.name)
             return False

@@ -119,6 +119,7 @@ class Fingerprint:
                 if one.process.alive else (one.has_written, one.mourned, one.guard and one.guard.hits.guarded)
                 for one in world.agents
             ]),
+            tuple([one.owns for one in world.agents]),
             tuple([str(one) for one in world.to_come]), tuple(world.unreported), world.dead, world.may_die,
             world.successors and self._to_succeed(),
             tuple([one.owner for one in loop.ready]),
