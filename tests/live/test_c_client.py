@@ -123,9 +123,10 @@ def test_without_a_manager_it_says_so_in_one_line(client: Path) -> None:
         assert (done.returncode, done.stderr) == (1, said)
 
 
-def test_memory_is_mapped_shared_and_refused(driver: Path, manager: hwpoison.Manager) -> None:
+@pytest.mark.parametrize("what", ["memory", "descriptors"])
+def test_memory_is_mapped_shared_and_refused(driver: Path, manager: hwpoison.Manager, what: str) -> None:
     table = manager.allocate(64 * PAGE, "table")
-    with running(driver, "memory", socket=manager.socket) as process:
+    with running(driver, what, socket=manager.socket) as process:
         assert lines(process) == ["done"]
         assert process.wait(SECONDS_MAX) == 0
     assert manager.statistics().objects == 1
@@ -179,15 +180,6 @@ def test_whoever_connects_while_managers_die_finds_one(driver: Path, manager: hw
         assert lines(process) == ["done"]
         assert process.wait(SECONDS_MAX) == 0
     wait_until(lambda: manager.statistics().clients == 1, "nobody else is there")
-
-
-def test_without_descriptors_nothing_is_left_behind(driver: Path, manager: hwpoison.Manager) -> None:
-    table = manager.allocate(64 * PAGE, "table")
-    with running(driver, "descriptors", socket=manager.socket) as process:
-        assert lines(process) == ["done"]
-        assert process.wait(SECONDS_MAX) == 0
-    assert manager.statistics().objects == 1
-    del table
 
 
 def test_who_sleeps_is_ended_when_nobody_is_left(driver: Path, tmp_path: Path) -> None:

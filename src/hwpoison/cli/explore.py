@@ -31,11 +31,11 @@ FOUND_FOLDER = Path("tests/simulation/found")
 @click.option("--replay", metavar="FILE", type=click.Path(path_type=Path), help="Tell a run again, step by step.")
 @click.option("--mode", type=click.Choice(["quiet", "batch"]), default="quiet", show_default=True,
               help="When something from outside may come: if nothing is ready, or several at once.")  # fmt: skip
-@click.option("--matrix", type=click.Choice(["pairs", "all-pairs", "two-pages", "deaths", "restarts", "old-kernels"]),
-              default="pairs", show_default=True,
-              help="Pairs of operations on one page (all-pairs: those too that differ little from others), on two, each "
-                   "operation with the manager's death, or pairs where the kernel has no poison markers; with restarts, "
-                   "another manager takes over.")  # fmt: skip
+@click.option("--matrix", default="pairs", show_default=True,
+              type=click.Choice(["pairs", "all-pairs", "apart", "two-pages", "deaths", "restarts", "old-kernels"]),
+              help="Pairs of operations on one page (all-pairs: those too that differ little from others; apart: what is "
+                   "not done beside everything), on two, each operation with the manager's death, or pairs where the "
+                   "kernel has no poison markers; with restarts, another manager takes over.")  # fmt: skip
 @click.option("--misfortunes", is_flag=True, help="One write or read may fail, or one marker be lost, beside all else.")
 @click.option("--limit", metavar="N", type=click.IntRange(1), help="At most so many schedules a cell.")
 @click.option("--save", metavar="FOLDER", type=click.Path(path_type=Path, file_okay=False),

@@ -253,6 +253,7 @@ SMALL = (
     ("read-only", "absent", ("read while resident", "read while resident", "evict")),
     ("writable", "dirty", ("write while resident", "flush")),
 )
+"""Kind, state and operations: on one page, and on the first and the second of two by turns."""
 SMALL_DYING = (
     ("read-only", ("absent",), ("read",)),
     ("read-only", ("present",), ("report",)),
@@ -263,6 +264,7 @@ SMALL_DYING = (
     ("writable", ("absent",), ("request to write",)),
     ("cached", ("present",), ("evict", "read")),
 )
+"""The same, with the state of each page, the manager's death, and one that takes over."""
 
 
 def small() -> Iterator[Scenario]:
@@ -290,6 +292,7 @@ def small() -> Iterator[Scenario]:
 MATRICES: dict[str, Callable[[], Iterator[Scenario]]] = {
     "pairs": partial(pairs, variants=False),
     "all-pairs": pairs,
+    "apart": apart,
     "two-pages": two_pages,
     "deaths": deaths,
     "restarts": restarts,
