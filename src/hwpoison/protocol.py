@@ -16,7 +16,6 @@ import builtins
 import errno
 import os
 import socket
-import threading
 from collections.abc import Sequence
 
 import msgspec
@@ -515,20 +514,26 @@ def receive_reply(channel: socket.socket) -> tuple[Reply, list[int]]:
     return reply, fds
 
 
-class _Buffers(threading.local):
-    """One for each thread: to allocate one for each message takes longer than all else that a small one needs."""
-
-    def __init__(self) -> None:
-        self.bytes = bytearray(MESSAGE_LIMIT)
-
-
-_buffers = _Buffers()
+_buffers: list[bytearray] = []
+"""Those that are in nobody's hands: to allocate one for each message takes longer than all else that a small one needs."""
 
 
 def receive(channel: socket.socket) -> tuple[bytes, list[int]]:
     """One packet and its descriptors (close-on-exec). b"" if the other end is gone or has sent an empty packet, which is no
     message. Raises `MalformedError` if too long, `NoDescriptorError`."""
-    buffer = _buffers.bytes
+    # Taken out of the list, and not one for each thread: a signal handler, or a garbage collection that finds a forgotten
+    # memory, asks the manager something in the middle of this.
+    try:
+        buffer = _buffers.pop()
+    except IndexError:
+        buffer = bytearray(MESSAGE_LIMIT)
+    try:
+        return _received(channel, buffer)
+    finally:
+        _buffers.append(buffer)
+
+
+def _received(channel: socket.socket, buffer: bytearray) -> tuple[bytes, list[int]]:
     nbytes, ancillary, flags, _ = channel.recvmsg_into(
         [buffer], socket.CMSG_SPACE(DESCRIPTOR_LIMIT * 4), socket.MSG_CMSG_CLOEXEC
     )

@@ -121,6 +121,26 @@ def test_memory_that_nobody_refers_to_any_more_is_closed(manager: hwpoison.Manag
     watcher.close()
 
 
+def test_a_collection_in_the_middle_of_a_message_changes_none(manager: hwpoison.Manager) -> None:
+    thresholds = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    try:
+        for objects_made in range(40):
+            gc.disable()
+            forgotten: list[object] = [manager.allocate(PAGE, f"cache {objects_made}")]
+            forgotten.append(forgotten)
+            del forgotten
+            # It is found when so many more objects were made: somewhere in this request.
+            gc.set_threshold(gc.get_count()[0] + objects_made)
+            gc.enable()
+            assert manager.statistics().pid == manager.pid
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()
+    wait_until(lambda: names(manager) == [], "nothing is left of them")
+
+
 @pytest.mark.parametrize("how", ["del view", "memory.close()"])
 def test_a_manager_that_was_closed_stays_until_the_last_view_is_gone_and_then_ends(how: str) -> None:
     code = """

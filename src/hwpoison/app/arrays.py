@@ -104,7 +104,7 @@ def _extent(array: numpy.ndarray[Any, Any]) -> tuple[int, int]:
     return base - before, base + behind
 
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 _manager: list[BaseManager] = []
 """What `load` uses, once it has."""
 

@@ -426,7 +426,11 @@ class Manager(BaseManager):
                 if not attempts_left:
                     raise
         super().__init__(connection)
-        connection.socket_name = self.statistics().socket
+        try:
+            connection.socket_name = self.statistics().socket
+        except BaseException:
+            self.close()
+            raise
         connection.on_fork.append(self._not_this_ones_child)
 
     def _start(self, arguments: list[str], without: Feature) -> Connection:
