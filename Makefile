@@ -82,6 +82,7 @@ explore: setup
 	$(BIN)/hwpoison explore --exhaustive --mode batch --limit 5000
 	$(BIN)/hwpoison explore --exhaustive --matrix deaths --mode batch
 	$(BIN)/hwpoison explore --exhaustive --matrix two-pages --limit 2500
+	$(BIN)/hwpoison explore --exhaustive --matrix restart-pairs --limit 5000
 
 soak: setup
 	$(BIN)/hwpoison explore --exhaustive --matrix all-pairs --mode batch --limit 6000

@@ -61,6 +61,8 @@ def test_each_matrix_has_every_state_with_every_operation_that_there_is() -> Non
         for operation in OPERATIONS
         if applies(kind, operation) and not (operation == "die reading" and applies(kind, "die"))
     }
+    # What another object has lost of a cached file may be what the worker has written since.
+    wanted -= {("cached", state, "lose elsewhere") for state in STATES["cached"]}
     for matrix, left_out in ((pairs(), APART), (deaths(), ())):
         scenarios = list(matrix)
         assert len({str(one) for one in scenarios}) == len(scenarios)

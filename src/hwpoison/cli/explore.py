@@ -32,7 +32,8 @@ FOUND_FOLDER = Path("tests/simulation/found")
 @click.option("--mode", type=click.Choice(["quiet", "batch"]), default="quiet", show_default=True,
               help="When something from outside may come: if nothing is ready, or several at once.")  # fmt: skip
 @click.option("--matrix", default="pairs", show_default=True,
-              type=click.Choice(["pairs", "all-pairs", "apart", "two-pages", "deaths", "restarts", "old-kernels"]),
+              type=click.Choice(["pairs", "all-pairs", "apart", "two-pages", "deaths", "restarts", "restart-pairs",
+                                 "old-kernels"]),
               help="Pairs of operations on one page (all-pairs: those too that differ little from others; apart: what is "
                    "not done beside everything), on two, each operation with the manager's death, or pairs where the "
                    "kernel has no poison markers; with restarts, another manager takes over.")  # fmt: skip

@@ -9,7 +9,7 @@ that a thing is written down before it is done: of what is written and was not d
 | life | how many managers there were, and the name by which all their event ids begin |
 | object, number | name, bytes, and of a file: offset, writable, version, how it was changed, is being written, place |
 | errors, number | `MemoryObject.error_sequence` |
-| syncing, object, number | runs of pages that were written, and that a sync under way is to make durable |
+| syncing, object, number | runs of pages that a flush under way writes and makes durable; whether others wait for its sync |
 | loss, object, page | the `Loss`, whether no flush has told of it, how it is about to be well again |
 | client, number | its process |
 | mapping, number | client, object, address, slot of the guarded view, `errors_apart`, `heir`, `error_seen` |
@@ -83,10 +83,11 @@ class Journal:
             return
         self._put(("errors", object_.number), object_.error_sequence)
 
-    def syncing(self, object_: MemoryObject, number: int, runs: list[tuple[int, int]]) -> None:
-        """Pages that were written are about to be made durable. If that fails, nobody else is told of it."""
+    def syncing(self, object_: MemoryObject, number: int, runs: list[tuple[int, int]], *, others: bool = False) -> None:
+        """Pages are about to be written and made durable; `others`: more than these wait for the sync that comes now. If it
+        fails, nobody else is told of it."""
         if not object_.closed:
-            self._put(("syncing", object_.number, number), [list(one) for one in runs])
+            self._put(("syncing", object_.number, number), [[list(one) for one in runs], others])
 
     def synced(self, object_: MemoryObject, number: int) -> None:
         """What has become of it is in the flags of the pages."""

@@ -120,6 +120,8 @@ class MemoryObject:
         """Counts losses of data that the file should have; each handle reports each once (`flush`)."""
         self.untold: set[int] = set()
         """Lost pages with changes of which no flush has told yet. Who has the file next is told too."""
+        self.unsynced = False
+        """Something was written to make room, and no sync has begun since."""
         self.references = 0
         """Mappings, clients that are about to map, and its persistence."""
         self.persistent = False

@@ -302,9 +302,14 @@ async def write(books: Books, object_: MemoryObject, offset: int, data: Content)
                 await _revive_locked(books, object_, page, _whole_pages(part, object_.page_size), "repair")
             elif flags[page] & PRESENT:
                 # No client's store is seen as a fault here, so the dirt is noted by hand, and first.
-                if object_.tracks_dirt:
-                    object_.pages.set(DIRTY, page)
-                object_.store.write(start, part)
+                dirty = DIRTY if object_.tracks_dirt and not flags[page] & DIRTY else 0
+                object_.pages.set(dirty, page)
+                try:
+                    object_.store.write(start, part)
+                except OSError:
+                    # The kernel has declared the page bad. It is what it was, for whoever asks what is lost with it.
+                    object_.pages.clear(dirty, page)
+                    raise
             else:
                 assert whole
                 await make_room(books, object_, 1)

@@ -102,6 +102,8 @@ class _Takeover:
             object_ = MemoryObject(
                 number, name, nbytes, machine.page_size, store, backing, machine.table, machine.large_frame_bytes
             )
+            # The one before may have written something.
+            object_.unsynced = object_.tracks_dirt
             object_.persistent = persistent
             object_.references = int(persistent)
             object_.error_sequence = self.records.get(("errors", number), 0)
@@ -256,7 +258,7 @@ class _Takeover:
         """A sync that was under way may have failed: the error was the dead manager's, and the next sync would say that all
         is well. So what it was about is written once more, and where that is not in memory any more everybody is told.
         """
-        for (number, which), runs in of_kind(self.records, "syncing").items():
+        for (number, which), (runs, others) in of_kind(self.records, "syncing").items():
             object_ = self._by_number.get(number)  # type: ignore[arg-type]
             if object_ is None:
                 continue
@@ -265,7 +267,7 @@ class _Takeover:
             for page in pages:
                 if object_.is_present(page):
                     object_.pages.set(DIRTY, page)
-            if any(not object_.is_present(page) and page not in object_.losses for page in pages):
+            if others or any(not object_.is_present(page) and page not in object_.losses for page in pages):
                 object_.error_sequence += 1
                 self.books.journal.errors(object_)
             self.books.journal.synced(object_, which)

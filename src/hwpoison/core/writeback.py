@@ -61,14 +61,18 @@ async def write_back_all(books: Books, object_: MemoryObject, mapping: Mapping |
     pieces = _pieces(object_, DIRTY) + _pieces(object_, WRITEBACK)
     # Whoever writes them: they are on the disk only when the sync below says so.
     written = list(pieces)
+    syncing = books.new_number()
+    books.journal.syncing(object_, syncing, written)
     while pieces:
         first, count = pieces.pop(0)
         error, struck = await _write_back_piece(books, object_, first, count)
         failed = failed or error
         # What was struck is for its failure to decide, which is next at the lock; if that leaves it as it is, it is written.
         pieces += [(page, 1) for page in struck]
-    syncing = books.new_number()
-    books.journal.syncing(object_, syncing, written)
+    # What was written to make room may be in memory no more, and this sync decides what becomes of it.
+    others, object_.unsynced = object_.unsynced, False
+    if others:
+        books.journal.syncing(object_, syncing, written, others=True)
     try:
         await backing.file.sync()
     except OSError as error:
@@ -100,7 +104,9 @@ async def write_back_some(books: Books, object_: MemoryObject, wanted: int) -> N
         busy = any(object_.pages.flags[page] & WRITEBACK for page in range(first, first + count))
         if busy or object_.closed or not object_.locks.free(first, count):
             continue
+        object_.unsynced = True
         error, _ = await _write_back_piece(books, object_, first, count)
+        object_.unsynced = True
         if error is not None:
             _note(books, object_, error)
             return

@@ -20,7 +20,7 @@ import msgspec
 from hwpoison.core.machine import Key
 from hwpoison.linux.kept import Alone, Keeping
 
-FORMAT = 2
+FORMAT = 3
 """Of what is written, by whatever part of the manager: a manager takes over only from those that write this one."""
 LABEL = "journal"
 RESERVE_BYTES = 1 << 18

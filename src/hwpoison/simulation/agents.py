@@ -43,7 +43,6 @@ class Agent:
         self.mapping: Mapping | None = None
         self.owns = False
         """The manager was told of its mapping, and not yet of the mapping's end."""
-        self.told_end = False
         self.guard = Guard(self) if any(step.kind == "look" for step in script) else None
         self.mourned = False
         self.request: Any = None
@@ -73,7 +72,7 @@ class Agent:
             self.mapping = known[0] if known else None
         else:
             self.mapping = mappings.get(self.mapping.number)
-        self.owns = self.mapping is not None and self.process.alive and not self.told_end
+        self.owns = self.mapping is not None and not self.mourned
 
     def add_events(self, events: list[Event], *, manager: bool) -> None:
         """What it, or its end, can be the next to do; with the manager, if that is alive."""
@@ -133,7 +132,6 @@ class Agent:
             self.at += 1
         elif step.kind == "tell":
             self.owns = False
-            self.told_end = True
             if self.mapping is not None:
                 self.world.manager.unmap(self.mapping)
             self.at += 1

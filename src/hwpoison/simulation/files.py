@@ -36,6 +36,8 @@ class Disk:
     pending: bytes = field(init=False)
     given_up: set[int] = field(default_factory=set)
     """Offsets that were pending when a sync failed."""
+    written: set[int] = field(default_factory=set)
+    """Offsets at which a manager has written."""
 
     def __post_init__(self) -> None:
         self.durable = self.content
@@ -105,6 +107,7 @@ class SimulatedFile:
                 return Written(before, before, ShrunkError(before.nbytes, offset + len(data)))
             if part:
                 self.disk.change(offset, data[:part])
+                self.disk.written.update(range(offset, offset + part))
             error = None
             if code:
                 self._machine.goes_wrong("write fails")
@@ -144,4 +147,5 @@ class SimulatedFile:
         self._machine.kept[number] = self.disk
 
     async def close(self) -> None:
-        pass
+        writing = (f"write {self.disk.name} ", f"sync {self.disk.name}")
+        self._machine.closed_under += [one.what for one in self._machine.waiting if one.what.startswith(writing)]

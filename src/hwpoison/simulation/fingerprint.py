@@ -90,7 +90,7 @@ class Fingerprint:
         return (
             bytes(pages.flags[: pages.count]), bytes(pages.generation[: pages.count]), pages.present,
             tuple([(page, self.canonical(loss)) for page, loss in object_.losses.items()]),
-            object_.error_sequence, tuple(sorted(object_.untold)), object_.references, object_.closed,
+            object_.error_sequence, tuple(sorted(object_.untold)), object_.unsynced, object_.references, object_.closed,
             self.canonical(object_.ending),
             self.canonical(object_.locks._held), self.canonical(object_.locks._waiting), self.canonical(object_._io),
             backing and (backing.identity, backing.changed, backing.writing, self.canonical(backing.turn)),
@@ -139,8 +139,9 @@ class Fingerprint:
         answers = [key for key in world.machine.records.all() if key[0] == "answer"]
         transit = [self._frame(page.number) for store in world.machine.stores for page in store.transit]
         told = tuple(sorted(world.errors_seen.items()))
+        written = tuple(sorted(world.disk.written)) if world.disk is not None else ()
         return (
-            hash(repr(records)), len(answers), tuple(transit), world.successors, world.taking_over, told,
+            written, hash(repr(records)), len(answers), tuple(transit), world.successors, world.taking_over, told,
             len(world.unanswered), self.canonical(world.manager.answers), len(world._to_begin),
             hash(repr(world._left)) if world.dead else None,
         )  # fmt: skip
@@ -193,7 +194,7 @@ class Fingerprint:
             tuple([(one.number, tuple(begun), *rest) for one, (begun, *rest) in expectation._flushes.items()]),
             tuple([(one.number, wrong) for one, wrong in expectation._told_of.items()]),
             tuple([(one.number, tuple(sorted(dirty))) for one, dirty in expectation._dirty.items()]),
-            tuple(sorted(expectation._unsynced)), expectation.unheard,
+            tuple(sorted(expectation._unsynced)), tuple(sorted(expectation._unsure)), expectation.unheard,
             tuple(sorted(expectation.elsewhere)), expectation.collapsed,
             tuple(sorted(expectation.resident.items())), tuple(sorted(expectation.struck)),
             tuple(sorted([self._frame(one) for one in expectation.named])),
@@ -316,9 +317,15 @@ _ONLY = (
 LOOKED_AT = {
     "MemoryObject": (
         "_io", "backing", "closed", "ending", "error_sequence", "locks", "losses", "mappings", "pages", "references",
-        "resident", "untold",
+        "resident", "unsynced", "untold",
     ),
     "Manager": ("_clients", "_objects", "answers", "lost_changes_of", "promises", "reclaim"),
+    "Expectation": (
+        "_calm", "_dirty", "_flushes", "_fresh", "_losses", "_may", "_reporting", "_reviving", "_told", "_told_of",
+        "_unsure", "_unsynced", "_untold", "_was", "collapsed", "elsewhere", "foreign", "frames_gone_bad", "history",
+        "named", "owed", "resident", "struck",
+    ),
+    "Agent": ("area", "at", "guard", "mourned", "owns", "process", "request"),
 }  # fmt: skip
 """What changes in these, and is part of the fingerprint."""
 THE_SAME = {
@@ -327,6 +334,11 @@ THE_SAME = {
     "Manager": (
         "_events", "_numbers", "_tasks", "_world", "_zeros", "instance", "journal", "life", "machine", "memory_limit",
         "observer", "offline_foreign", "statistics",
+    ),
+    "Expectation": ("violation", "world"),
+    # What it maps is known by its process and by whether it owns.
+    "Agent": (
+        "_dies_for_the_manager", "_gets_signal", "_has_a_fault", "client", "goes_on", "mapping", "name", "script", "world",
     ),
 }  # fmt: skip
 """What does not change in them, or makes no difference. There is nothing else in them: a test looks."""

@@ -66,9 +66,9 @@ def hunt(name: str, schedules_max: int | None = None) -> Hunt:
     total = 0
     with planted(wanted):
         from hwpoison.simulation.explore import explore  # noqa: PLC0415  (with the mutant in it)
-        from hwpoison.simulation.matrix import apart, pairs, restarts, two_pages  # noqa: PLC0415
+        from hwpoison.simulation.matrix import apart, pairs, restart_pairs, restarts, small, two_pages  # noqa: PLC0415
 
-        scenarios = [*pairs(misfortunes=True), *apart(), *restarts(), *two_pages()]
+        scenarios = [*pairs(misfortunes=True), *apart(), *restarts(), *two_pages(), *small(), *restart_pairs()]
         for scenario in sorted(scenarios, key=lambda one: not str(one).startswith(wanted.hint)):
             cell = explore(scenario, wanted.mode, schedules_max=schedules_max)
             gc.collect()

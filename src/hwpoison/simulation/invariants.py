@@ -17,6 +17,7 @@ from hwpoison.core.pages import DIRTY, LOST, POISONED, PRESENT, WRITEBACK
 from hwpoison.core.records import Failure, Notice, Outcome, Report, State
 from hwpoison.simulation.files import FILE_OFFSET, PREFIX
 from hwpoison.simulation.memory import HWPOISON, PAGE, POISON, SimulatedStore
+from hwpoison.simulation.operations import NAME, PAGE_SIZE
 from hwpoison.simulation.processes import Process
 
 if TYPE_CHECKING:
@@ -57,6 +58,10 @@ class Expectation:
         """What had gone wrong when last nothing was under way, and how much of that was a sync."""
         self._told_of: dict[Mapping, int] = {}
         """Of how many syncs that failed before a handle's next flush it can't be told any more."""
+        self._unsure: set[int] = set()
+        """Pages that a dead manager had written to the file, or was about to change: nobody knows whether its sync has
+        failed, or the change was made. They may count as changed though the file has them, and as not written if they are
+        not in memory any more."""
         self.resident: dict[int, int] = {}
         """The page that is to be fit for system calls, by the mapping."""
         self.struck: set[int] = set()
@@ -122,6 +127,8 @@ class Expectation:
             yield
         finally:
             # Also if the manager has died: who has asked will ask again.
+            if self.world.dead:
+                self._unsure.add(page)
             self._may[page].remove(become)
             self._reviving[page] -= 1
             self.world.touched(page)
@@ -172,6 +179,9 @@ class Expectation:
         self.owed = {known(one) for one in self.owed}
         self._told_of = {known(one): wrong for one, wrong in self._told_of.items()}
         # They are asked for again.
+        if self.world.disk is not None:
+            size = self.world.object.page_size
+            self._unsure.update(sorted({(at - FILE_OFFSET) // size for at in self.world.disk.written}))
         self._flushes.clear()
         self._dirty.clear()
 
@@ -238,8 +248,8 @@ class Expectation:
             self.fail(f"A page on its way to the file is decided on when it is there: page {page}.")
         if not any(agent.client is client and agent.owns for agent in self.world.agents):
             self.fail(f"Nobody is told of a loss that is not his: client {client.number}, page {page}.")
-        if (notice.name, notice.offset, notice.nbytes) != object_.range_of(page):
-            self.fail(f"Who is told of a loss is told where it is: {notice.offset}, {notice.nbytes} bytes, page {page}.")
+        if notice.name != NAME or notice.offset % PAGE_SIZE or notice.nbytes != PAGE_SIZE:
+            self.fail(f"Who is told of a loss is told where it is: {notice.name}, {notice.offset}, {notice.nbytes} bytes.")
         key = (notice.event_id, page, client.number)
         if key in self._told:
             self.fail(f"Each owner is told of a loss once: client {client.number}, page {page}.")
@@ -354,7 +364,7 @@ class Expectation:
         _, owed, untold, calm = self._flushes.pop(mapping)
         del self._dirty[mapping]
         wrong = self._gone_wrong()[1] > self._told_of.get(mapping, 0)
-        if not (owed or untold or wrong or mapping in self.owed or self._still_untold()):
+        if not (owed or untold or wrong or mapping in self.owed or self._still_untold() or self._unsure):
             self.fail("flush() says that changes are lost only where they are.")
         self.owed.discard(mapping)
         self._untold.clear()
@@ -392,6 +402,8 @@ class Expectation:
             self.fail(f"Nothing goes wrong inside: {world.defects[0]}.")
         if world.machine.given_back:
             self.fail(f"A bad frame that was taken out never goes back: frame {world.machine.given_back[0]}.")
+        if world.machine.closed_under:
+            self.fail(f"No file is closed while it is written: {world.machine.closed_under[0]}.")
         if world.machine.quarantine:
             self._check_quarantine()
         if object_.closed:
@@ -457,6 +469,13 @@ class Expectation:
         world = self.world
         if page in self.elsewhere:
             return
+        if world.disk is None:
+            right = loss.state is State.ANONYMOUS
+        else:
+            changed = self.history[page][-1] != self._on_disk(page) and page not in self.foreign
+            right = loss.state is State.DIRTY_FILE or (loss.state is State.CLEAN_FILE and not changed)
+        if not right:
+            self.fail(f"A loss says what is lost, changes or what the file has: {loss.state}, page {page}.")
         if loss.outcome is Outcome.FAILED:
             if not self.collapsed:
                 self.fail(f"Nothing is given up whole that is not one large frame: page {page}.")
@@ -472,6 +491,7 @@ class Expectation:
             touched = any(agent.has_written for agent in world.agents)
             newer = not self.history[page][-1] == self._on_disk(page) == self._durable(page)
             excused = touched or self._may[page] or self._dirty or self.foreign or world.has_waited()
+            excused = excused or page in self._unsure
             if not (newer or excused or wrong["write fails"] or wrong["sync fails"]):
                 self.fail(f"Nothing is lost that the file has: page {page}.")
         # A file that others have changed anywhere is another version of all its pages.

@@ -124,6 +124,8 @@ class SimulatedMachine:
         self.bad: set[int] = set()
         """Frames that have gone bad, by number."""
         self.given_back: list[int] = []
+        self.closed_under: list[str] = []
+        """What was written or synced of a file when that was closed."""
         """Bad frames that were taken out and given back to the system."""
         self.free: list[int] = []
         self.records = SimulatedRecords(self)

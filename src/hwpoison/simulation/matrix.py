@@ -53,6 +53,9 @@ def _cells(variants: bool) -> Iterator[tuple[str, str, list[str]]]:
     """(kind, state, operations)."""
     for kind, states in STATES.items():
         operations = [one for one in OPERATIONS if applies(kind, one)]
+        if kind == "cached":
+            # What another one has lost may be what the worker has written since.
+            operations.remove("lose elsewhere")
         if not variants:
             # A client that dies while it writes makes half of all schedules.
             left_out = (*VARIANTS, *APART, "die", *(("die reading",) if kind == "cached" else ()))
@@ -73,6 +76,12 @@ def pairs(*, misfortunes: bool = False, variants: bool = True) -> Iterator[Scena
                 continue
             budget = BUDGETS[kind] if misfortunes else ()
             yield Scenario(kind, (state,), ((first, 0), (second, 0)), budget=budget)
+
+
+def restart_pairs() -> Iterator[Scenario]:
+    """As `pairs`, without a worker, and with what may go wrong: the manager dies, and another one takes over."""
+    for one in pairs(misfortunes=True, variants=False):
+        yield replace(one, worker=(), death=True, successors=1)
 
 
 def old_kernels() -> Iterator[Scenario]:
@@ -112,6 +121,7 @@ def apart() -> Iterator[Scenario]:
     yield from _told()
     # What one has had read and what a change has made of it; a page that becomes unreadable under a request.
     yield Scenario("cached", ("absent",), (("read", 0), ("change", 0)))
+    yield Scenario("cached", ("absent",), (("read", 0), ("lose elsewhere", 0)), worker=())
     for operation in ("request to write half of", "request to write across", "repair"):
         for beside in ("change", "truncate"):
             yield Scenario("writable", ("absent",), ((operation, 0), (beside, 0)), budget=(("read fails", 1),))
@@ -140,6 +150,8 @@ def apart() -> Iterator[Scenario]:
     # Of a large frame that is given up, everybody is told.
     for kind in ("anonymous", "read-only"):
         yield Scenario(kind, ("present", "present"), (("report", 0), ("collapse", 0), ("read", 1)))
+    # What changed in it is lost as that, and also what is on its way to the file.
+    yield GIVEN_UP
     # A page moves between the moment at which it was found by its frame and that at which nobody has it locked.
     yield Scenario("writable", ("dirty",), (("flush", 0), ("frame report", 0), ("move", 0)), worker=())
     # A request for several pages holds them while it wants room.
@@ -204,6 +216,9 @@ def restarts(successors: int = 1) -> Iterator[Scenario]:
     for one in _gone_meanwhile():
         budget = (("sync fails", 1),) if one.kind == "writable" and one.clients[0][0][0] == "flush" else ()
         yield replace(one, budget=budget, death=True, successors=successors)
+    # Of what was lost before the death, whoever comes after it is told.
+    told_later = (("report", 0), ("attach and flush", 0))
+    yield Scenario("writable", ("dirty",), told_later, worker=(), death=True, successors=successors)
     # A death while a large frame is given up, of which each page is lost.
     for kind, state in (("writable", "dirty"), ("anonymous", "present")):
         for failure in ("report", "hardware"):
@@ -216,6 +231,8 @@ def restarts(successors: int = 1) -> Iterator[Scenario]:
         yield Scenario("writable", ("dirty", "absent"), operations, worker=(), death=True, successors=successors)
 
 
+GIVEN_UP = Scenario("writable", ("dirty", "present"), (("report", 1), ("collapse", 0), ("flush", 0)), worker=())
+"""A large frame, in which there are changes beside the page that is struck."""
 SMALL = (
     ("anonymous", "present", ("report", "read")),
     ("anonymous", "present", ("report", "report")),
@@ -231,6 +248,7 @@ SMALL = (
     ("read-only", "absent", ("read", "report", "report")),
     ("writable", "dirty", ("flush", "report")),
     ("writable", "dirty", ("flush", "kernel poison")),
+    ("writable", "present", ("kernel poison", "request to write half of")),
     ("read-only", "absent", ("lose elsewhere", "read")),
     ("anonymous", "lost", ("read", "read")),
     ("writable", "dirty", ("evict", "read")),
@@ -241,6 +259,8 @@ SMALL = (
     ("writable", "dirty", ("flush", "frame report", "move")),
     ("writable", "dirty", ("report", "attach and flush")),
     ("writable", "dirty", ("close",)),
+    ("writable", "dirty", ("write back", "close")),
+    ("cached", "absent", ("read", "lose elsewhere")),
     ("writable", "lost", ("request to write half of",)),
     ("writable", "lost", ("repair", "read")),
     ("writable", "lost", ("repair", "flush")),
@@ -254,17 +274,20 @@ SMALL = (
     ("writable", "dirty", ("write while resident", "flush")),
 )
 """Kind, state and operations: on one page, and on the first and the second of two by turns."""
-SMALL_DYING = (
-    ("read-only", ("absent",), ("read",)),
-    ("read-only", ("present",), ("report",)),
-    ("anonymous", ("lost",), ("read",)),
-    ("anonymous", ("lost",), ("repair", "read")),
-    ("writable", ("dirty",), ("flush",)),
-    ("writable", ("dirty", "absent"), ("write back", "read")),
-    ("writable", ("absent",), ("request to write",)),
-    ("cached", ("present",), ("evict", "read")),
+SMALL_DYING: tuple[tuple[str, tuple[str, ...], tuple[str, ...], tuple[tuple[str, int], ...]], ...] = (
+    ("read-only", ("absent",), ("read",), ()),
+    ("read-only", ("present",), ("report",), ()),
+    ("anonymous", ("lost",), ("read",), ()),
+    ("anonymous", ("lost",), ("repair", "read"), ()),
+    ("writable", ("dirty",), ("flush",), ()),
+    ("writable", ("dirty",), ("flush", "report"), ()),
+    ("writable", ("dirty",), ("report", "attach and flush"), ()),
+    ("writable", ("dirty",), ("flush", "write back"), (("sync fails", 1),)),
+    ("writable", ("dirty", "absent"), ("write back", "read"), ()),
+    ("writable", ("absent",), ("request to write",), ()),
+    ("cached", ("present",), ("evict", "read"), BUDGETS["cached"]),
 )
-"""The same, with the state of each page, the manager's death, and one that takes over."""
+"""The same, with the state of each page and what may go wrong, the manager's death, and one that takes over."""
 
 
 def small() -> Iterator[Scenario]:
@@ -273,9 +296,9 @@ def small() -> Iterator[Scenario]:
         for pages in (1, 2)[: len(operations)]:
             spread = tuple((one, number % pages) for number, one in enumerate(operations))
             yield Scenario(kind, (state,) * pages, spread, worker=(), budget=BUDGETS[kind])
-    for kind, states, operations in SMALL_DYING:
-        spread = tuple((one, number % len(states)) for number, one in enumerate(operations))
-        budget = BUDGETS[kind] if kind == "cached" else ()
+    yield GIVEN_UP
+    for kind, states, dying, budget in SMALL_DYING:
+        spread = tuple((one, number % len(states)) for number, one in enumerate(dying))
         yield Scenario(kind, states, spread, worker=(), budget=budget, death=True, successors=1)
     # A window of two pages.
     yield Scenario("read-only", ("absent",) * 3, (), worker=(), clients=((("read", 0), ("read", 1)),))
@@ -296,6 +319,7 @@ MATRICES: dict[str, Callable[[], Iterator[Scenario]]] = {
     "two-pages": two_pages,
     "deaths": deaths,
     "restarts": restarts,
+    "restart-pairs": restart_pairs,
     "old-kernels": old_kernels,
 }
 

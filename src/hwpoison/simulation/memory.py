@@ -183,6 +183,8 @@ class SimulatedStore:
         for index in range(first, first + count):
             page = self.pages[index]
             assert page is not None, "a write to an absent page makes a page of zeros"
+            if page.held:
+                raise OSError(errno.EIO, "the kernel has declared the page bad")
             begin, end = max(offset, index * self.size), min(offset + len(data), (index + 1) * self.size)
             at = begin - index * self.size
             part = bytes(data[begin - offset : end - offset])

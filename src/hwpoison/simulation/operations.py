@@ -31,24 +31,27 @@ def token(number: int) -> bytes:
 # --- what clients ask the manager for --------------------------------------------------------------------------------
 
 
+async def _write_to(world: World, mapping: Mapping, offset: int, data: bytes) -> None:
+    try:
+        await recovery.write(world.manager, mapping.object, offset, data)
+    except PoisonError as error:
+        world.expectation.told_lost([one.offset // PAGE_SIZE for one in error.ranges])
+    except FileNotFoundError:
+        assert mapping.object.closed
+    except OSError as error:
+        # The kernel has declared the page bad, and the manager is about to hear it.
+        assert error.errno == errno.EIO, error
+
+
 async def _write(world: World, mapping: Mapping, page: int, data: bytes) -> None:
-    object_ = mapping.object
     with world.expectation.may_become(page, lambda _: data):
-        try:
-            await recovery.write(world.manager, object_, page * PAGE_SIZE, data)
-        except FileNotFoundError:
-            assert object_.closed
+        await _write_to(world, mapping, page * PAGE_SIZE, data)
 
 
 async def _write_half(world: World, mapping: Mapping, page: int, data: bytes) -> None:
     half = PAGE_SIZE // 2
     with world.expectation.may_become(page, lambda old: data[:half] + old[half:]):
-        try:
-            await recovery.write(world.manager, mapping.object, page * PAGE_SIZE, data[:half])
-        except PoisonError as error:
-            world.expectation.told_lost([one.offset // PAGE_SIZE for one in error.ranges])
-        except FileNotFoundError:
-            assert mapping.object.closed
+        await _write_to(world, mapping, page * PAGE_SIZE, data[:half])
 
 
 async def _write_across(world: World, mapping: Mapping, page: int, data: bytes) -> None:
@@ -61,12 +64,7 @@ async def _write_across(world: World, mapping: Mapping, page: int, data: bytes) 
         world.expectation.may_become(page, lambda old: old[:half] + data[half:]),
         world.expectation.may_become(page + 1, lambda old: data[:half] + old[half:]),
     ):
-        try:
-            await recovery.write(world.manager, mapping.object, page * PAGE_SIZE + half, data[half:] + data[:half])
-        except PoisonError as error:
-            world.expectation.told_lost([one.offset // PAGE_SIZE for one in error.ranges])
-        except FileNotFoundError:
-            assert mapping.object.closed
+        await _write_to(world, mapping, page * PAGE_SIZE + half, data[half:] + data[:half])
 
 
 async def _repair(world: World, mapping: Mapping, page: int, data: bytes) -> None:
@@ -305,7 +303,7 @@ def applies(kind: str, operation: str) -> bool:
     """True if there is such an operation on such an object."""
     if operation == "lose elsewhere":
         # What another one has lost may be what this one has written since: there is no telling.
-        return kind == "read-only"
+        return kind in ("read-only", "cached")
     if kind == "anonymous":
         return operation not in _FILES
     return kind != "read-only" or operation not in _WRITING

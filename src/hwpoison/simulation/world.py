@@ -9,11 +9,12 @@ from functools import partial
 from typing import Any
 
 from hwpoison.core.journal import AskedBy
+from hwpoison.core.locks import RangeLocks
 from hwpoison.core.machine import Key
 from hwpoison.core.manager import MemoryManager
 from hwpoison.core.mappings import Client
 from hwpoison.core.objects import Backing, Loss, MemoryObject
-from hwpoison.core.pages import DIRTY, LOST, POISONED
+from hwpoison.core.pages import DIRTY, LOST, POISONED, WRITEBACK
 from hwpoison.core.records import Event as LogEvent
 from hwpoison.core.records import Failure, Notice, Outcome, Report, State
 from hwpoison.core.takeover import take_over
@@ -380,7 +381,10 @@ class World:
         """The last manager's stories end where they are, as if they had never run on."""
         self.over = True
         for task in self.loop.tasks:
-            if not task.done():
+            if task.done():
+                if not task.cancelled() and not isinstance(task.exception(), (ManagerDiedError, type(None))):
+                    self.defects.append(f"{task.get_name()}: {task.exception()!r}")
+            else:
                 task._log_destroy_pending = False  # type: ignore[attr-defined]
                 story = task.get_coro()
                 assert isinstance(story, Coroutine)
@@ -401,8 +405,11 @@ class World:
         before = self.object
         await take_over(self.manager, inheritance)
         if self.object is before:
-            # It had ended.
+            # It had ended. Who was about to do something with it did not live to see that.
             before.closed = True
+            before.locks = RangeLocks()
+            for page in range(before.pages.count):
+                before.pages.clear(POISONED | WRITEBACK, page)
             if not self.store.closed:
                 self.store.close()
         mappings = {one.number: one for client in self.manager.clients() for one in (*client.mappings, *client.vacated)}
