@@ -99,8 +99,12 @@ def test_threads_are_refused() -> None:
     async def thread() -> None:
         await asyncio.get_running_loop().run_in_executor(None, print)
 
-    with pytest.raises(RuntimeError, match="threads"):
-        new_loop().run_until_complete(thread())
+    async def from_a_thread() -> None:
+        asyncio.get_running_loop().call_soon_threadsafe(print)
+
+    for one in (thread, from_a_thread):
+        with pytest.raises(RuntimeError, match="threads"):
+            new_loop().run_until_complete(one())
 
 
 def test_waiting_for_what_cannot_come_is_an_error() -> None:

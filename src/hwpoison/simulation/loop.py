@@ -184,8 +184,6 @@ class SimulationLoop(asyncio.AbstractEventLoop):
         self.ready.append(handle)
         return handle
 
-    call_soon_threadsafe = call_soon  # type: ignore[assignment]
-
     def call_later(self, delay: float, callback: Any, *args: Any, context: Any = None) -> Any:  # type: ignore[override]
         return self.call_at(self._now + delay, callback, *args, context=context)
 
@@ -224,8 +222,10 @@ class SimulationLoop(asyncio.AbstractEventLoop):
     def get_task_factory(self) -> Any:
         return self._factory
 
-    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:  # type: ignore[override]
+    def run_in_executor(self, *args: Any, **options: Any) -> Any:  # type: ignore[override]
         raise RuntimeError("threads are not deterministic: what they do belongs into the machine")
+
+    call_soon_threadsafe = run_in_executor  # type: ignore[assignment]
 
     # --- errors
 
