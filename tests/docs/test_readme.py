@@ -25,7 +25,7 @@ def blocks(language: str) -> list[str]:
 
 @pytest.mark.live
 @pytest.mark.parametrize(
-    ("code", "printed"), [*zip(blocks("python"), blocks(""), strict=True)], ids=["one process", "several"]
+    ("code", "printed"), [*zip(blocks("python"), blocks(""), strict=True)], ids=["one process", "a file", "several"]
 )
 def test_an_example_prints_what_stands_below_it(tmp_path: Path, code: str, printed: str) -> None:
     (tmp_path / "example.py").write_text(code)

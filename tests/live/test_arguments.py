@@ -41,6 +41,7 @@ def served() -> Iterator[Path]:
         (lambda manager, table: manager.report(pfn=1, action_required="no"), TypeError, "action_required is True or False"),
         (lambda manager, table: manager.allocate(1 << 63), MemoryError, "of 9223372036854775808 bytes: no file can have so"),
         (lambda manager, table: manager.report(pfn="x"), TypeError, "pfn is a whole number, not str 'x'"),
+        (lambda manager, table: manager.allocate(True), TypeError, "nbytes is a whole number, not True"),
         (lambda manager, table: manager.attach("x" * MESSAGE_LIMIT), ValueError, "too long for a message"),
         (lambda manager, table: hwpoison.connect(socket=5), TypeError, "socket is a str or a path, not int"),
         (lambda manager, table: hwpoison.connect("a\0b"), ValueError, "no NUL"),

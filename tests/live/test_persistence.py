@@ -152,6 +152,10 @@ with warnings.catch_warnings(record=True) as warned:
         view = memory.array()
 say([manager.pid, [str(one.message) for one in warned if one.category is ResourceWarning]])
 hear()
+try:
+    manager.allocate(4096)
+except ConnectionError as error:
+    say(str(error))
 view[5 * 4096] = 9
 say(int(view.sum()))
 hear()
@@ -169,7 +173,8 @@ hear()
         assert len(warned) == 1
         assert "table" in warned[0]
         keeper, manager = os.pidfd_open(keeper_of(pid)), os.pidfd_open(pid)
-        assert child.ask() == 9
+        assert "open a new one" in child.ask()
+        assert child.hear() == 9
         child.ask()
         for one in (manager, keeper):
             assert select.select([one], [], [], SECONDS_MAX)[0], "it stays"

@@ -13,6 +13,8 @@ from hwpoison.core.machine import Content
 
 def whole(what: str, number: SupportsIndex) -> int:
     """`number` as an int. Raises TypeError."""
+    if isinstance(number, bool):
+        raise TypeError(f"{what} is a whole number, not {number}")
     try:
         return operator.index(number)
     except TypeError:

@@ -149,6 +149,10 @@ class BaseManager:
         return self._memory(protocol.Attach(name, number))
 
     def _memory(self, message: protocol.Allocate | protocol.Open | protocol.Attach, fds: list[int] | None = None) -> Memory:
+        if self.connection.when_unmapped is not None:
+            raise ConnectionError(
+                "the manager was closed, and stays only for what still has views; open a new one with Manager() or connect()"
+            )
         # Until it is mapped, the manager holds it for us, and gives it up when the channel ends.
         channel = self.connection.take_channel()
         message.mapping = number = self.connection.new_number()
