@@ -180,7 +180,7 @@ class Memory:
             shape = (self.nbytes - offset) // numpy.dtype(dtype).itemsize
         return numpy.ndarray(shape, dtype, numpy.frombuffer(self.buffer, "u1"), offset, order=order)
 
-    def visit(self, *, tells: bool = True) -> tuple[View, View]:
+    def _visit(self, *, tells: bool = True) -> tuple[View, View]:
         """For `hwpoison.guard`."""
         view = View(self)
         return view, view
@@ -238,7 +238,7 @@ class Memory:
     def policy(self, policy: Policy | str | None) -> None:
         self._policy = None if policy is None else Policy(policy)
 
-    def kept_by_views(self) -> None:
+    def _kept_by_views(self) -> None:
         """They keep their mapping by themselves."""
 
     def close(self) -> None:

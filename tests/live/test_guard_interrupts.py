@@ -80,7 +80,7 @@ def interrupted_everywhere(action: Callable[[], object], *codes: CodeType) -> It
 def open_guards(memory: hwpoison.Memory) -> int:
     """What the manager sees."""
     gc.collect(0)
-    view = memory.guarded_view()
+    view = memory._guarded_view()
     return int(view._words[view._guards_word])
 
 
@@ -237,7 +237,7 @@ with hwpoison.Manager() as manager:
     memory = manager.allocate(4 * 4096, "t")
     memory.array()[:] = 1
     manager.inject(memory, 4096)
-    view = memory.guarded_view()
+    view = memory._guarded_view()
     wrong = 0
     while struck < 200:
         result = None

@@ -37,7 +37,7 @@ def test_a_failure_in_a_large_frame_loses_its_block_and_never_reads_as_zeros():
     with hwpoison.Manager() as manager, manager.allocate(2 * BLOCK, name="large") as memory:
         memory.write(0, b"\1" * (2 * BLOCK))
         # Somebody who maps the memory without our care lets the kernel collapse it.
-        with mmap.mmap(memory.descriptor().number, 2 * BLOCK) as careless:
+        with mmap.mmap(memory._memfd().number, 2 * BLOCK) as careless:
             try:
                 careless.madvise(MADV_COLLAPSE)
             except OSError:

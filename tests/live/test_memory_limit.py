@@ -43,8 +43,8 @@ def test_pages_of_a_large_frame_that_somebody_holds_are_dropped_and_come_back_ri
             assert memory.buffer[:BLOCK_BYTES] == expected[:BLOCK_BYTES]
             if mode == "r+":
                 memory.buffer[:BLOCK_BYTES] = expected[:BLOCK_BYTES] = known(BLOCK_BYTES, version)
-            collapse(memory.descriptor().number)
-            with pinned(memory.descriptor().number, 77 * PAGE_SIZE):
+            collapse(memory._memfd().number)
+            with pinned(memory._memfd().number, 77 * PAGE_SIZE):
                 dropped = manager.statistics().dropped
                 for offset in random.Random(version).sample(range(BLOCK_BYTES, nbytes, PAGE_SIZE), 1500):
                     assert memory.buffer[offset : offset + PAGE_SIZE] == expected[offset : offset + PAGE_SIZE]

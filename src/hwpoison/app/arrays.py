@@ -139,5 +139,5 @@ def load(
         raise ValueError(f"{os.fspath(path)!r} has Python objects in it, which managed memory can't hold")
     memory = (manager or _default_manager()).open(path, mode)
     array = memory.array(dtype, shape, offset=offset, order="F" if fortran else "C")
-    memory.kept_by_views()
+    memory._kept_by_views()
     return array

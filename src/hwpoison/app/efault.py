@@ -79,7 +79,7 @@ def _may_be_refused(memory: Memory) -> bool:
     if memory.kind == "file" and memory.writable:
         return True
     lost = memory.lost()
-    descriptor = memory.descriptor()
+    descriptor = memory._memfd()
     hole = next_hole(descriptor.number, 0, memory.nbytes)
     while hole is not None:
         begin, end = hole

@@ -57,7 +57,7 @@ def _before() -> None:
             _open.add(invitation)
     for memory in all_memories():
         with suppress(OSError):
-            memory.about_to_fork()
+            memory._about_to_fork()
     # What is allocated in the child before our turn comes must not need new memory: that could come to one of our addresses.
     some = [bytes(POOL_BYTES // 16) for _ in range(16 * POOLS)]
     _forking.reserve = some[-1]
@@ -100,7 +100,7 @@ def _begin_again() -> None:
             if invitation is not None:
                 invitation.close()
     for memory in all_memories():
-        memory.begin_again()
+        memory._begin_again()
     for connection in invitations:
         if connection.owner == os.getpid():
             connection.begun_again()

@@ -90,7 +90,7 @@ class guard:  # noqa: N801  (used as a function)
         if not memories:
             raise ValueError("guard() needs at least one memory")
         for memory in memories:
-            if not hasattr(memory, "visit"):
+            if not hasattr(memory, "_visit"):
                 raise TypeError(f"guard() takes memories of a manager, not {type(memory).__name__}")
         self._memories = memories
         self._visits: list[Visit] = []
@@ -101,7 +101,7 @@ class guard:  # noqa: N801  (used as a function)
             self._end()
             views = []
             for memory in self._memories:
-                view, visit = memory.visit()
+                view, visit = memory._visit()
                 self._visits.append(visit)
                 views.append(SafeView(memory, view, self._visits[-1].mark))
             return views[0] if len(views) == 1 else tuple(views)

@@ -90,12 +90,12 @@ class Memory:
 
     # --- in a forked child
 
-    def about_to_fork(self) -> None:
+    def _about_to_fork(self) -> None:
         """What guards have met is known to the child too. Raises OSError."""
         if self._guarded is not None:
             self._guarded.about_to_fork()
 
-    def begin_again(self) -> None:
+    def _begin_again(self) -> None:
         """The mappings are there again, as another client's."""
         self._lock = threading.RLock()
         self._errors = self._mapped.errors
@@ -106,7 +106,7 @@ class Memory:
 
     # --- the guarded view
 
-    def guarded_view(self) -> GuardedView:
+    def _guarded_view(self) -> GuardedView:
         """The second view of this memory, made at its first use and kept."""
         # Before the lock: in a forked child it may be held by a thread that only the parent has.
         self._check_open()
@@ -116,7 +116,7 @@ class Memory:
             if view is None:
                 # What is gone must be known before something else can come to its address.
                 self._connection.tell_unmapped()
-                mapping = map_object(self.descriptor().number, self._found, guarded=True)
+                mapping = map_object(self._memfd().number, self._found, guarded=True)
                 mapped = register(self._connection, mapping, self._found, guarded=True)
                 view = GuardedView(self._connection, mapping, mapped, self.name, self.nbytes)
             # What makes a view waits for the manager: a signal handler may have closed all meanwhile.
@@ -124,14 +124,14 @@ class Memory:
             self._guarded = view
             return view
 
-    def visit(self, *, tells: bool = True) -> tuple[GuardedView, Visit]:
+    def _visit(self, *, tells: bool = True) -> tuple[GuardedView, Visit]:
         """The guarded view and a stay in it, during which nobody closes it. For `hwpoison.guard`."""
         self._connection.check()
         with self._lock:
-            view = self.guarded_view()
+            view = self._guarded_view()
             return view, view.enter(tells=tells)
 
-    def descriptor(self) -> Descriptor:
+    def _memfd(self) -> Descriptor:
         """The object's memory: hold this while the number is used. Raises ValueError if it is closed."""
         descriptor = self._descriptor
         if descriptor is None:
@@ -154,7 +154,7 @@ class Memory:
         """As `buffer`, for whatever takes an object with a buffer (from Python 3.12 on)."""
         return self.buffer
 
-    def kept_by_views(self) -> None:
+    def _kept_by_views(self) -> None:
         """From now on it lives as long as its mapping has views."""
         self._mapping.memory = self
 
@@ -181,7 +181,7 @@ class Memory:
     def read(self, offset: int, nbytes: int) -> bytes:
         """A copy of bytes. Raises PoisonError, naming all that is lost of them; ValueError outside the memory."""
         offset, nbytes = self._checked_range(offset, nbytes)
-        view, visit = self.visit(tells=False)
+        view, visit = self._visit(tells=False)
         try:
             content = bytes(view.buffer[offset : offset + nbytes])
         finally:

@@ -25,7 +25,7 @@ FOUND_FOLDER = Path("tests/simulation/found")
 
 @click.command
 @click.option("--exhaustive", is_flag=True, help="Every state of a page with every pair of operations, to the end.")
-@click.option("--seed", metavar="S", type=click.IntRange(0), help="Large worlds by seed: the same number makes the same runs.")
+@click.option("--seed", metavar="S", type=click.IntRange(0), help="Large worlds by seed: one number makes the same runs.")
 @click.option("--runs", metavar="N", type=click.IntRange(1), default=1, show_default=True, help="How many, with --seed.")
 @click.option("--mutants", is_flag=True, help="Plant known defects one by one, and find each.")
 @click.option("--replay", metavar="FILE", type=click.Path(path_type=Path), help="Tell a run again, step by step.")
