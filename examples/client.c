@@ -32,19 +32,23 @@ static void give_up(const char *what) {
 
 static void repair(hwpoison_memory *table) {
     hwpoison_range ranges[64];
-    int64_t count = hwpoison_lost(table, ranges, 64);
+    int64_t count;
+    while ((count = hwpoison_lost(table, ranges, 64)) > 0) {
+        for (int64_t i = 0; i < count && i < 64; i++) {
+            uint64_t *numbers = malloc(ranges[i].nbytes);
+            if (!numbers)
+                abort();
+            for (uint64_t j = 0; j < ranges[i].nbytes / 8; j++)
+                numbers[j] = right(ranges[i].offset / 8 + j);
+            int64_t repaired = hwpoison_repair(table, ranges[i].offset, numbers, ranges[i].nbytes);
+            if (repaired < 0)
+                give_up("what is lost can't be repaired");
+            printf("repaired %" PRId64 " bytes\n", repaired);
+            free(numbers);
+        }
+    }
     if (count < 0)
         give_up("what is lost can't be asked");
-    for (int64_t i = 0; i < count && i < 64; i++) {
-        uint64_t *numbers = malloc(ranges[i].nbytes);
-        for (uint64_t j = 0; j < ranges[i].nbytes / 8; j++)
-            numbers[j] = right(ranges[i].offset / 8 + j);
-        int64_t repaired = hwpoison_repair(table, ranges[i].offset, numbers, ranges[i].nbytes);
-        if (repaired < 0)
-            give_up("what is lost can't be repaired");
-        printf("repaired %" PRId64 " bytes\n", repaired);
-        free(numbers);
-    }
 }
 
 int main(int count, char **arguments) {
@@ -55,6 +59,7 @@ int main(int count, char **arguments) {
     hwpoison_memory *table = hwpoison_attach(manager, name);
     if (!table)
         give_up(name);
+    repair(table); /* what was lost before: a store there would be a SIGBUS */
     uint64_t *numbers = hwpoison_address(table), items = hwpoison_nbytes(table) / 8;
     for (uint64_t i = 0; i < items; i++)
         numbers[i] = right(i);
