@@ -242,6 +242,39 @@ say(manager.statistics().clients)
         assert child.wait() == 0, child.errors
 
 
+def test_a_fork_beside_memories_that_come_and_go_has_the_others_and_nothing_to_complain_of() -> None:
+    code = """
+manager = hwpoison.Manager()
+table = manager.allocate(64 * PAGE, "table")
+table.write(0, b"abc")
+over = threading.Event()
+
+def come_and_go():
+    while not over.is_set():
+        manager.allocate(PAGE).write(0, b"1")
+
+threads = [threading.Thread(target=come_and_go) for _ in range(3)]
+for thread in threads:
+    thread.start()
+
+def there():
+    assert table.read(0, 3) == b"abc"
+
+def fork_again():
+    there()
+    assert status(forked(there)) == 0
+
+say([status(forked(fork_again)) for _ in range(30)])
+over.set()
+for thread in threads:
+    thread.join()
+"""
+    with Child(BEGIN + code) as child:
+        assert child.hear() == [0] * 30
+        assert child.wait() == 0
+        assert child.errors == ""
+
+
 def test_a_fork_by_c_code_gets_sigsegv_and_never_zeros() -> None:
     code = """
 import ctypes

@@ -16,7 +16,7 @@ import threading
 from contextlib import suppress
 
 from hwpoison.app.connection import Connection, all_connections
-from hwpoison.app.mapping import Mapped, again, all_mapped, fence
+from hwpoison.app.mapping import Mapped, again, all_mapped, fence, forget
 from hwpoison.app.memory import all_memories
 
 log = logging.getLogger("hwpoison")
@@ -34,6 +34,8 @@ class _Forking(threading.local):
     def __init__(self) -> None:
         self.invitations: dict[Connection, socket.socket | None] = {}
         self.reserve = b""
+        self.known: list[Mapped] = []
+        """What the manager knew of before anything was asked for: the invitations have it."""
 
 
 _forking = _Forking()
@@ -44,6 +46,7 @@ _open: set[socket.socket] = set()
 def _before() -> None:
     invitations: dict[Connection, socket.socket | None] = {}
     _forking.invitations = invitations
+    _forking.known = [one for one in all_mapped() if one.told]
     for connection in list(all_connections):
         if connection.closed or connection.owner != os.getpid():
             continue
@@ -65,6 +68,7 @@ def _before() -> None:
 
 def _in_parent() -> None:
     invitations, _forking.invitations = _forking.invitations, {}
+    _forking.known = []
     for invitation in invitations.values():
         if invitation is not None:
             _open.discard(invitation)
@@ -86,6 +90,7 @@ def _begin_again() -> None:
         one.close()
     _open.clear()
     everything = all_mapped()
+    known, _forking.known = _forking.known, []
     fenced = [one for one in everything if _fenced(one)]
     for mapped in everything:
         # The parent's word on the board. If this is not made again it has none.
@@ -93,7 +98,7 @@ def _begin_again() -> None:
     for connection, invitation in invitations.items():
         try:
             connection.begin_again(invitation)
-            _map_again(connection, [one for one in fenced if one.connection is connection])
+            _map_again(connection, [one for one in fenced if one.connection is connection], known)
         except Exception as error:  # noqa: BLE001  (it would be printed as nobody's, and the others be left out)
             log.error("the forked child %d has no way to the manager at %s: %s", os.getpid(), connection.socket_name, error)
         finally:
@@ -110,19 +115,26 @@ def _fenced(mapped: Mapped) -> bool:
     try:
         fence(mapped)
     except OSError as error:
-        log.error("memory %r is not there in the forked child %d: %s", mapped.found.name, os.getpid(), error)
+        _not_there(mapped, error)
         return False
     return True
 
 
-def _map_again(connection: Connection, mapped: list[Mapped]) -> None:
+def _not_there(mapped: Mapped, error: Exception, level: int = logging.ERROR) -> None:
+    forget(mapped)
+    log.log(level, "memory %r is not there in the forked child %d: %s", mapped.found.name, os.getpid(), error)
+
+
+def _map_again(connection: Connection, mapped: list[Mapped], known: list[Mapped]) -> None:
     for one in mapped:
         channel = connection.take_channel()
         try:
             again(one, channel)
         except Exception as error:  # noqa: BLE001  (the others are to be there all the same)
             channel.close()
-            log.error("memory %r is not there in the forked child %d: %s", one.found.name, os.getpid(), error)
+            # What another thread has made meanwhile, and the parent has let go of by now, nobody here can have.
+            gone = isinstance(error, FileNotFoundError) and one not in known
+            _not_there(one, error, logging.DEBUG if gone else logging.ERROR)
         else:
             connection.give_back(channel)
 

@@ -44,7 +44,7 @@ class Mapping(mmap.mmap):
 class Mapped:
     """What must be known of a mapping to make it again. `nbytes` in whole pages."""
 
-    __slots__ = ("address", "connection", "errors", "found", "guarded", "nbytes", "number", "policy", "slot")
+    __slots__ = ("address", "connection", "errors", "found", "guarded", "nbytes", "number", "policy", "slot", "told")
 
     def __init__(self, connection: Connection, found: protocol.Found, *, guarded: bool, address: int, nbytes: int) -> None:
         self.connection = connection
@@ -57,6 +57,8 @@ class Mapped:
         """Of a guarded view, on the board."""
         self.errors = 0
         """What the first `Flush` has to say."""
+        self.told = False
+        """The manager knows of it."""
         self.policy: Policy | None = None
         """Of its memory, if that has one of its own."""
 
@@ -69,6 +71,13 @@ def all_mapped() -> list[Mapped]:
     """Those that have not been unmapped."""
     there = [(watch(), one) for watch, one in list(_mapped.items())]
     return [one for mapping, one in there if mapping is not None and not mapping.closed]
+
+
+def forget(mapped: Mapped) -> None:
+    """In a forked child: it can't be had again, and stays fenced there and in whatever is forked from there."""
+    for watch, one in list(_mapped.items()):
+        if one is mapped:
+            _mapped.pop(watch, None)
 
 
 def _flags(found: protocol.Found, *, guarded: bool) -> tuple[int, int]:
@@ -135,7 +144,7 @@ def _tell(connection: Connection, mapped: Mapped, channel: Channel | None) -> No
         reply = connection.request(request, protocol.Mapped)
     else:
         reply = connection.ask(channel, request, protocol.Mapped)[0]
-    mapped.slot, mapped.errors = reply.slot, reply.errors
+    mapped.slot, mapped.errors, mapped.told = reply.slot, reply.errors, True
 
 
 # --- in a forked child
