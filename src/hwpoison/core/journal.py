@@ -10,6 +10,7 @@ that a thing is written down before it is done: of what is written and was not d
 | object, number | name, bytes, and of a file: offset, writable, version, how it was changed, is being written, place |
 | errors, number | `MemoryObject.error_sequence` |
 | syncing, object, number | runs of pages that a flush under way writes and makes durable; whether others wait for its sync |
+| unsynced, object | `MemoryObject.unsynced`, where it is so |
 | loss, object, page | the `Loss`, whether no flush has told of it, how it is about to be well again |
 | client, number | its process |
 | mapping, number | client, object, address, slot of the guarded view, `errors_apart`, `heir`, `error_seen` |
@@ -88,6 +89,14 @@ class Journal:
         fails, nobody else is told of it."""
         if not object_.closed:
             self._put(("syncing", object_.number, number), [[list(one) for one in runs], others])
+
+    def unsynced(self, object_: MemoryObject) -> None:
+        """Something is about to be written to make room: what becomes of it, a sync will say."""
+        self._put(("unsynced", object_.number), True)
+
+    def syncs(self, object_: MemoryObject) -> None:
+        """That sync begins, and has a record of its own."""
+        self._drop(("unsynced", object_.number))
 
     def synced(self, object_: MemoryObject, number: int) -> None:
         """What has become of it is in the flags of the pages."""

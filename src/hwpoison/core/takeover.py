@@ -102,8 +102,7 @@ class _Takeover:
             object_ = MemoryObject(
                 number, name, nbytes, machine.page_size, store, backing, machine.table, machine.large_frame_bytes
             )
-            # The one before may have written something.
-            object_.unsynced = object_.tracks_dirt
+            object_.unsynced = ("unsynced", number) in self.records
             object_.persistent = persistent
             object_.references = int(persistent)
             object_.error_sequence = self.records.get(("errors", number), 0)

@@ -73,6 +73,7 @@ async def write_back_all(books: Books, object_: MemoryObject, mapping: Mapping |
     others, object_.unsynced = object_.unsynced, False
     if others:
         books.journal.syncing(object_, syncing, written, others=True)
+        books.journal.syncs(object_)
     try:
         await backing.file.sync()
     except OSError as error:
@@ -104,15 +105,22 @@ async def write_back_some(books: Books, object_: MemoryObject, wanted: int) -> N
         busy = any(object_.pages.flags[page] & WRITEBACK for page in range(first, first + count))
         if busy or object_.closed or not object_.locks.free(first, count):
             continue
-        object_.unsynced = True
+        _note_unsynced(books, object_)
         error, _ = await _write_back_piece(books, object_, first, count)
-        object_.unsynced = True
+        # A sync that has begun meanwhile may have been too early for it.
+        _note_unsynced(books, object_)
         if error is not None:
             _note(books, object_, error)
             return
         wanted -= count
         unit_pages = object_.unit_pages
         last = (first + count - 1) // unit_pages * unit_pages + unit_pages - 1
+
+
+def _note_unsynced(books: Books, object_: MemoryObject) -> None:
+    if not object_.unsynced:
+        object_.unsynced = True
+        books.journal.unsynced(object_)
 
 
 def _pieces(object_: MemoryObject, flag: int) -> list[tuple[int, int]]:
