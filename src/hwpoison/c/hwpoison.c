@@ -534,18 +534,13 @@ static int agree(int fd) {
 }
 
 /* --- the lifeline: when the manager and its keeper are both gone, nobody could ever wake a thread that sleeps in a fault. The
- * kernel then sends SIGBUS to this process, or SIGKILL, where SIGBUS would not end it. */
+ * kernel then sends SIGKILL to this process: nothing else ends a thread that sleeps in a system call. */
 
 static void arm(hwpoison_manager *manager, bool on) {
     if (manager->lifeline < 0 || on == manager->armed)
         return;
-    struct sigaction handled;
-    sigset_t blocked;
-    sigaction(SIGBUS, NULL, &handled);
-    pthread_sigmask(SIG_BLOCK, NULL, &blocked);
-    bool ends = handled.sa_handler == SIG_DFL && !sigismember(&blocked, SIGBUS);
     fcntl(manager->lifeline, F_SETOWN, getpid());
-    fcntl(manager->lifeline, F_SETSIG, ends ? SIGBUS : SIGKILL);
+    fcntl(manager->lifeline, F_SETSIG, SIGKILL);
     fcntl(manager->lifeline, F_SETFL, on ? O_ASYNC : 0);
     manager->armed = on;
 }

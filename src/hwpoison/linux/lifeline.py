@@ -2,8 +2,8 @@
 
 A thread that sleeps in a fault can be told nothing, and often has Python's one lock, so no thread of the client could watch
 for it. The kernel does: of a socket pair the manager and the keeper hold one end, and when both have let go of it, the owner
-of the other is sent SIGBUS, which ends the sleep, or SIGKILL, where that would not. While the process maps nothing it is not
-armed.
+of the other is sent SIGKILL: nothing else ends whoever sleeps in a system call, or handles the signal. (A keeper that gives
+up sends SIGBUS before.) While the process maps nothing it is not armed.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class Lifeline:
         self.lock = threading.RLock()
         """Held from the look whether anything is mapped until it is armed, or not. Signal handlers may come back here."""
         fcntl.fcntl(ours.fileno(), fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(ours.fileno(), F_SETSIG, signal.SIGKILL)
 
     @property
     def other(self) -> int:
@@ -37,9 +38,7 @@ class Lifeline:
         self._theirs.close()
 
     def arm(self) -> None:
-        """The process maps memory of the manager. What it does about SIGBUS is looked at each time."""
-        if self._ours.fileno() >= 0:
-            fcntl.fcntl(self._ours.fileno(), F_SETSIG, signal.SIGBUS if _ends_by_sigbus() else signal.SIGKILL)
+        """The process maps memory of the manager."""
         if not self._armed:
             self._armed = True
             self._set(os.O_ASYNC)
@@ -64,13 +63,6 @@ class Lifeline:
         self.disarm()
         self._ours.close()
         self._theirs.close()
-
-
-def _ends_by_sigbus() -> bool:
-    """False if it is ignored or blocked, or has a handler in Python, which can't run while its thread sleeps."""
-    handler = signal.getsignal(signal.SIGBUS)
-    # None: a handler in C, such as that of `faulthandler`.
-    return handler in (signal.SIG_DFL, None) and signal.SIGBUS not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 F_SETSIG = 10

@@ -25,10 +25,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
+from hwpoison.linux import journal
+from hwpoison.linux.inheritance import PROCESS
 from hwpoison.linux.standard import say
 
 GIVE_UP_SECONDS = 10.0
 """So long after a manager's death there must be another one. Else what is held is let go, which ends who waits for it."""
+END_SECONDS = 2.0
+"""So long processes that were sent SIGBUS may take to end, with a core dump for instance."""
 PAUSE_SECONDS = 0.1
 """Between two attempts to start one."""
 SHORT_LIFE_SECONDS = 1.0
@@ -209,6 +213,8 @@ class _Process:
             if self._over and status is None:
                 return 0  # It has said that all is well.
             if self._over or (self._life == 1 and not self._ready):
+                # It may have been told to end at once.
+                self._end_clients()
                 return status if status is not None and status >= 0 else 1
             died = time.monotonic()
             if self._renew:
@@ -232,7 +238,25 @@ class _Process:
             why = "no manager can take over"
         why = why or f"the manager has died, and no other one could be started within {GIVE_UP_SECONDS:.0f} s"
         say(f"hwpoison: {why}: processes that map its memory are ended by SIGBUS")
+        self._end_clients()
         return 1
+
+    def _end_clients(self) -> None:
+        """By SIGBUS, who still maps memory. Whom that does not end, as he sleeps in a system call or handles it, the
+        lifeline does by SIGKILL, when this process has ended."""
+        try:
+            records = journal.read(self._held[journal.LABEL])
+        except (LookupError, OSError):
+            return
+        told = []
+        for number in {value[0]: None for key, value in records.items() if key[0] == "mapping"}:
+            pidfd = self._held.get(f"{PROCESS}:{number}", -1)
+            with suppress(OSError):
+                signal.pidfd_send_signal(pidfd, signal.SIGBUS)
+                told.append(pidfd)
+        deadline = time.monotonic() + END_SECONDS
+        for pidfd in told:
+            _wait_for(pidfd, deadline)
 
     def adopt(self, channel: socket.socket, pidfd: int) -> None:
         self._channel, self._pidfd, self._ready = channel, pidfd, True
@@ -396,11 +420,11 @@ def _has_ended(pidfd: int) -> bool:
     return bool(poll.poll(0))
 
 
-def _wait_for(pidfd: int) -> None:
+def _wait_for(pidfd: int, deadline: float | None = None) -> None:
     # `select` knows no descriptors from 1,024 on.
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
-    poll.poll()
+    poll.poll(None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000)
 
 
 def _close(fd: int) -> None:

@@ -112,7 +112,9 @@ class Server:
             await self._nobody_maps()
         await self.manager.write_back()
         for session in list(self._sessions):
-            session.end()
+            if session.client is None or not session.client.mappings:
+                session.end()
+            # Who maps memory, and is not waited for, is ended by the keeper.
         while self._tasks:
             # Requests that are under way, a flush for instance. Nobody is there to be answered, but it must not be cut off.
             await asyncio.wait(self._tasks)
