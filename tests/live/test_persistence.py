@@ -121,6 +121,22 @@ def test_memory_that_nobody_refers_to_any_more_is_closed(manager: hwpoison.Manag
     watcher.close()
 
 
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+def test_a_connection_that_nobody_refers_to_any_more_leaves_nothing_open(manager: hwpoison.Manager) -> None:
+    def descriptors() -> int:
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))
+
+    manager.allocate(PAGE, "cache", persistent=True).write(0, b"warm")
+    before = descriptors()
+    for _ in range(10):
+        view = hwpoison.connect(manager.socket).attach("cache").array("u1")
+        assert view[0] == ord("w")
+        del view
+    wait_until(lambda: descriptors() == before, "all are closed")
+    manager.unlink("cache")
+
+
 def test_a_collection_in_the_middle_of_a_message_changes_none(manager: hwpoison.Manager) -> None:
     thresholds = gc.get_threshold()
     gc.collect()

@@ -43,7 +43,8 @@ class Descriptor:
 
     def __init__(self, number: int, *, kept: bool = False) -> None:
         self.number = number
-        self.kept = kept
+        self.kept = [kept]
+        """One item: of a connection that is collected with this, only what is not may be looked at."""
         self._owner = os.getpid()
 
     def inherited(self) -> None:
@@ -52,8 +53,13 @@ class Descriptor:
 
     def __del__(self, close: Callable[[int], None] = os.close, getpid: Callable[[], int] = os.getpid) -> None:
         # A forked child may have closed it, and have something else by that number.
-        if not self.kept and getpid() == self._owner:
+        if not self.kept[0] and getpid() == self._owner:
             close(self.number)
+
+
+def _forgotten(kept: list[bool]) -> None:
+    """Nobody has the connection any more, so nothing is mapped: every mapping keeps its connection."""
+    kept[0] = False
 
 
 class NoWelcomeError(ConnectionError):
@@ -131,8 +137,9 @@ class Connection:
         try:
             if self.maps:
                 self.userfaultfd = self._open_userfaultfd()
-                # Kept until `close`: mappings may outlive all objects of ours, and need it if the manager is killed.
+                # Kept until `close`: when the interpreter ends, mappings may outlive all objects of ours.
                 self.descriptor = Descriptor(self.userfaultfd.fd, kept=True)
+                weakref.finalize(self, _forgotten, self.descriptor.kept).atexit = False
                 self._lifeline = Lifeline()
                 fds = [self.userfaultfd.fd, self._lifeline.other]
             reply, board = self._exchange(channel, protocol.Hello(), fds)
@@ -479,4 +486,4 @@ class Connection:
     def _drop_descriptor(self) -> None:
         descriptor, self.descriptor = self.descriptor, None
         if descriptor is not None:
-            descriptor.kept = False
+            descriptor.kept[0] = False
