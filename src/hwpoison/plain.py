@@ -14,6 +14,7 @@ import socket
 import sys
 import tempfile
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -127,6 +128,14 @@ class View:
         pass
 
 
+_memories: weakref.WeakSet[Memory] = weakref.WeakSet()
+
+
+def all_memories() -> list[Memory]:
+    """Those of this process that are open."""
+    return [one for one in _memories if not one.closed]
+
+
 class Memory:
     """As `hwpoison.Memory`; nothing of it is ever lost as far as is known here."""
 
@@ -143,6 +152,7 @@ class Memory:
         access = mmap.ACCESS_WRITE if self.writable else mmap.ACCESS_READ
         with open(path, "r+b" if self.writable else "rb") as file:
             self._mapping = mmap.mmap(file.fileno(), nbytes + self._at, access=access, offset=offset - self._at)
+        _memories.add(self)
 
     @property
     def manager(self) -> Manager:
@@ -486,14 +496,25 @@ class Location(NamedTuple):
 
 
 def locate(array: object) -> Location:
-    """As `hwpoison.locate`: nothing lies in managed memory."""
-    raise ValueError(f"the {type(array).__name__} does not lie in managed memory: {OTHER_SYSTEM}")
+    """As `hwpoison.locate`."""
+    from hwpoison.extents import as_array, extent  # noqa: PLC0415
+
+    begin, end = extent(as_array(array))
+    for memory in all_memories():
+        address = memory.address
+        if address <= begin and end <= address + memory.nbytes:
+            return Location(memory, begin - address, end - begin)
+    raise ValueError(
+        f"the {type(array).__name__} at {begin:#x} does not lie in the memory of a manager that is open in this process (a "
+        "view alone is not enough: keep its Memory)"
+    )
 
 
 def lost(array: object) -> numpy.ndarray[Any, Any]:
     """As `hwpoison.lost`: none."""
     import numpy  # noqa: PLC0415
 
+    locate(array)
     return numpy.empty(0, numpy.intp)
 
 

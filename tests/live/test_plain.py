@@ -43,6 +43,8 @@ if __name__ == "__main__":
         table = manager.allocate(1 << 20, name="t")
         array = table.array("f8", (128, 1024))
         array[:] = 1.0
+        memory, *where = hwpoison.locate(array[1:, :1])
+        print(memory is table, where, hwpoison.lost(array).tolist())
         with hwpoison.guard(table) as safe:
             print(float(safe.array("f8", (128, 1024)).sum()), weights.read(0, 4), bytes(weights.buffer[:2]))
         with table.resident(0, 8, write=True) as view:
@@ -76,6 +78,7 @@ if __name__ == "__main__":
 PRINTED = [
     "1 RuntimeWarning True",
     "False True",
+    "True [8192, 1032200] []",
     "131072.0 b'defg' b'de'",
     "b'written' [] 0 0",
     "[] True",

@@ -10,8 +10,10 @@ from typing import Any, Literal, NamedTuple
 import numpy
 import numpy.lib.format
 
+from hwpoison import plain
 from hwpoison.app.manager import SOCKET_VARIABLE, BaseManager, Manager, connect
 from hwpoison.app.memory import Memory, all_memories
+from hwpoison.extents import as_array, extent, reach
 
 
 class Location(NamedTuple):
@@ -25,8 +27,9 @@ class Location(NamedTuple):
 def locate(array: object) -> Location:
     """Where an array, or anything that exports a buffer, lies: from its first byte to its last, with what its strides leave
     out between. Raises ValueError if it is not in managed memory, or in one that nobody refers to any more but by views."""
-    begin, end = _extent(_as_array(array))
-    for memory in all_memories():
+    begin, end = extent(as_array(array))
+    memories: list[Any] = [*all_memories(), *plain.all_memories()]
+    for memory in memories:
         for address in memory.addresses():
             if address <= begin and end <= address + memory.nbytes:
                 return Location(memory, begin - address, end - begin)
@@ -38,15 +41,15 @@ def locate(array: object) -> Location:
 
 def lost(array: object) -> numpy.ndarray[Any, numpy.dtype[numpy.intp]]:
     """The indices along the first axis of an array of which any byte is lost, in order. Raises what `locate` does."""
-    rowed = _as_array(array)
+    rowed = as_array(array)
     memory, offset, _ = locate(rowed)
     if not rowed.ndim:
         rowed = rowed.reshape(1)
     found = [numpy.empty(0, numpy.intp)]
     if rowed.size:
         # Of the first row, the bytes before and behind its first element that it has.
-        before, behind = _reach(rowed[:1])
-        first = offset + _reach(rowed)[0] - before
+        before, behind = reach(rowed[:1])
+        first = offset + reach(rowed)[0] - before
         for one in memory.lost():
             begin, end = one.offset, one.offset + one.nbytes
             rows: Iterable[int] = _between(first, before + behind, rowed.strides[0], len(rowed), begin, end)
@@ -78,30 +81,6 @@ def _touches(row: numpy.ndarray[Any, Any], memory: Memory, begin: int, end: int)
         offsets = offsets + (numpy.arange(length, dtype=numpy.int64) * step).reshape(shape)
     offsets += base - address
     return bool(((offsets < end) & (offsets + row.itemsize > begin)).any())
-
-
-def _as_array(value: object) -> numpy.ndarray[Any, Any]:
-    if isinstance(value, numpy.ndarray):
-        return value
-    try:
-        view = memoryview(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"an array, or something with a buffer, and not {type(value).__name__}") from None
-    return numpy.asarray(view)
-
-
-def _reach(array: numpy.ndarray[Any, Any]) -> tuple[int, int]:
-    """How many bytes before the first element's begin, and from there on, an array has."""
-    if not array.size:
-        return 0, 0
-    steps = [(length - 1) * step for length, step in zip(array.shape, array.strides, strict=True)]
-    return -sum(one for one in steps if one < 0), sum(one for one in steps if one > 0) + array.itemsize
-
-
-def _extent(array: numpy.ndarray[Any, Any]) -> tuple[int, int]:
-    base = array.__array_interface__["data"][0]
-    before, behind = _reach(array)
-    return base - before, base + behind
 
 
 _lock = threading.RLock()
