@@ -400,6 +400,27 @@ def test_a_manager_that_was_told_to_end_and_dies_is_followed_by_one_that_ends_to
 # --- planned ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_planned_restart_does_not_begin_while_a_file_does_not_answer(
+    manager: hwpoison.Manager, slow_file: Callable[[bytes], SlowFile]
+) -> None:
+    slow = slow_file(page("s") * 4)
+    memory, table = manager.open(slow.path), manager.allocate(PAGE, populate=False)
+    slow.hold("read")
+    waits = threading.Thread(target=memory.prefetch)
+    waits.start()
+    wait_until(lambda: slow.waiting, "the file is being read")
+    pid = manager.pid
+    with pytest.raises(OSError, match="no answer for 2 s"):
+        manager.restart()
+    # It goes on, for the others at once.
+    assert table.read(0, 1) == b"\0"
+    slow.hold()
+    waits.join()
+    assert memory.read(0, 1) == b"s"
+    assert manager.restart() != pid
+    assert memory.read(PAGE, 1) == b"s"
+
+
 def test_a_planned_restart_keeps_the_process_that_was_started_and_everything_else(tmp_path: Path) -> None:
     path = tmp_path / "socket"
     with serving(path) as server:

@@ -6,9 +6,10 @@ import asyncio
 import mmap
 import os
 import time
-from collections.abc import Awaitable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from typing import Any
 from weakref import WeakValueDictionary
 
 from hwpoison.core.machine import Result, Runs, Store
@@ -27,6 +28,20 @@ IO_SECONDS_MAX = 30.0
 """How long a fault waits for a file, if nothing else is wanted."""
 CLIENT_WORKERS = 32
 """Ioctls that may wait for clients' mmap locks at the same time."""
+
+
+class _Workers(ThreadPoolExecutor):
+    """As that, and `asked` is what has no answer yet."""
+
+    def __init__(self, many: int, name: str) -> None:
+        super().__init__(many, name)
+        self.asked: set[Future[Any]] = set()
+
+    def submit(self, call: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
+        future = super().submit(call, *arguments, **options)
+        self.asked.add(future)
+        future.add_done_callback(self.asked.discard)
+        return future
 
 
 class LinuxMachine:
@@ -51,7 +66,7 @@ class LinuxMachine:
         self._own = userfaultfd.open_userfaultfd(wanted)
         self.poison_markers = bool(self._own.features & userfaultfd.Feature.POISON)
         self.quarantine = Quarantine(self.keeping, self.records, self.inherited)
-        self._file_workers = ThreadPoolExecutor(FILE_WORKERS, "hwpoison-file")
+        self._file_workers = _Workers(FILE_WORKERS, "hwpoison-file")
         self._client_workers = ThreadPoolExecutor(CLIENT_WORKERS, "hwpoison-client")
         self._turns_of_mounts: WeakValueDictionary[int, asyncio.Semaphore] = WeakValueDictionary()
         self._pagemap = frames.PageMap() if self._sees_frames() else None
@@ -137,6 +152,11 @@ class LinuxMachine:
         async with self._turns_of_mount(fd):
             with suppress(OSError):
                 await asyncio.get_running_loop().run_in_executor(self._file_workers, os.close, fd)
+
+    async def unanswered(self, seconds: float) -> int:
+        """How much of what files are being asked for now has no answer within that time. This process ends no sooner."""
+        asked = set(self._file_workers.asked)
+        return len((await asyncio.to_thread(wait, asked, seconds)).not_done)
 
     def _turns_of_mount(self, fd: int) -> asyncio.Semaphore:
         return self._turns_of_mounts.setdefault(mount_of(fd), asyncio.Semaphore(WORKERS_OF_MOUNT))

@@ -36,6 +36,8 @@ from hwpoison.service.session import Left, Session
 
 LISTENER = "listener"
 """Under which the keeper holds the socket at which clients connect."""
+LATE_SECONDS = 2.0
+"""A restart does not begin before files that take longer for an answer."""
 PAUSE_SECONDS = 1.0
 """How long nobody can connect when the system refuses what that needs."""
 log = logging.getLogger("hwpoison")
@@ -212,6 +214,10 @@ class Server:
         if check.returncode:
             why = said.decode(errors="replace").strip().rpartition("\n")[2]
             raise OSError(errno.EPROTO, f"what is installed now can't take over, and this manager goes on: {why}")
+        late = await self.machine.unanswered(LATE_SECONDS)
+        if late:
+            why = f"{late} reads or writes of files have had no answer for {LATE_SECONDS:g} s"
+            raise OSError(errno.EBUSY, f"{why}, and the next manager could begin only after them: try again later")
         if self.stop.is_set():
             raise OSError(errno.EBUSY, "the manager was told to end meanwhile, or its last client has gone")
         self.renewing = True
