@@ -193,16 +193,15 @@ class Stress:
         return self.manager.report(pfn=frame) if frame else self.strike_name(chance)
 
     def kill_the_manager(self) -> None:
-        """Whichever it is now, again and again."""
+        """Whichever it is now, again and again: so many have died of it."""
         chance = random.Random(f"{self.seed} killer")
-        for _ in range(self.kills):
+        while self.endings["managers"] < self.kills:
             if self.striking.wait(chance.expovariate(KILLS_PER_SECOND)):
                 return
             # None, while the next one is being made.
             for pid in Path(f"/proc/{self.keeper}/task/{self.keeper}/children").read_text().split():
                 with suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
-                    self.endings["managers"] += 1
+                    self.endings["managers"] += killed(int(pid))
 
     # --- the run
 
@@ -215,6 +214,8 @@ class Stress:
             one.start()
         try:
             self.watch(time.monotonic() + seconds)
+            # The last of its kills.
+            strikers[-1].join(HANG_SECONDS)
         finally:
             self.striking.set()
             for one in strikers:
@@ -323,8 +324,7 @@ class Stress:
         assert said.outcomes.get(Outcome.FAILED, 0) == said.outcomes.get(Outcome.DELAYED, 0) == 0
         assert said.quarantined == ledger.isolated * PAGE
         assert self.kills or said.accesses_to_lost == ledger.counts["access"]
-        # One that was killed already can be killed again.
-        assert self.kills // 2 <= said.restarts <= self.endings["managers"]
+        assert said.restarts == self.endings["managers"] == self.kills
         # The bytes of an object end within its last page.
         assert said.memory_present == sum(-(-one.present // PAGE) * PAGE for one in self.manager.objects())
 
@@ -377,6 +377,19 @@ class Stress:
 def fault_handler(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the manager too: see `show_hang`."""
     monkeypatch.setenv("PYTHONFAULTHANDLER", "1")
+
+
+def killed(pid: int) -> bool:
+    """Kill a process and wait for its death; False if it had died before."""
+    process = os.pidfd_open(pid)
+    try:
+        if select.select([process], [], [], 0)[0]:
+            return False
+        signal.pidfd_send_signal(process, signal.SIGKILL)
+        assert select.select([process], [], [], HANG_SECONDS)[0], "it dies"
+        return True
+    finally:
+        os.close(process)
 
 
 def stress(folder: Path, seconds: float, kills: int = 0) -> None:
