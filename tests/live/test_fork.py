@@ -249,16 +249,32 @@ table = manager.allocate(64 * PAGE, "table")
 table.write(0, b"abc")
 over = threading.Event()
 
-def come_and_go():
-    while not over.is_set():
-        manager.allocate(PAGE).write(0, b"1")
+held = {}
 
-threads = [threading.Thread(target=come_and_go) for _ in range(3)]
+def memories():
+    while not over.is_set():
+        array = manager.allocate(PAGE).array()
+        array[0] = ord("a")
+        held["memory"] = array
+        del array
+        held.pop("memory")
+
+def connections():
+    while not over.is_set():
+        other = hwpoison.connect(manager.socket)
+        held["connection"] = other.attach("table").array()
+        other.close()
+        held.pop("connection")
+
+threads = [threading.Thread(target=one) for one in (memories, memories, connections)]
 for thread in threads:
     thread.start()
 
 def there():
     assert table.read(0, 3) == b"abc"
+    # A fork has what other threads have made, at whatever moment.
+    for array in held.values():
+        assert array[0] == ord("a")
 
 def fork_again():
     there()

@@ -118,7 +118,7 @@ class Connection:
         """Those too that are not idle."""
         self._watched: dict[int, Watch] = {}
         self._unmapped: deque[Watch] = deque()
-        self.closed = False
+        self.closed = self.closing = False
         self.lost = ""
         """In a forked child, why it has no connection."""
         self.on_fork: list[Callable[[], None]] = []
@@ -473,6 +473,7 @@ class Connection:
         """Say goodbye. All mappings must be gone."""
         if self.closed:
             return
+        self.closing = True
         if self._lifeline is not None:
             self._lifeline.close()
         with suppress(OSError):

@@ -28,12 +28,17 @@ POOLS = 64
 """So many are free at a fork."""
 
 
+ROUNDS = 20
+"""So often a fork asks for what has come meanwhile."""
+
+
 class _Forking(threading.local):
     """What the thread that forks has prepared; the child begins with it."""
 
     def __init__(self) -> None:
         self.invitations: dict[Connection, socket.socket | None] = {}
         self.reserve = b""
+        self.parent = 0
         self.known: list[Mapped] = []
         """What the manager knew of before anything was asked for: the invitations have it."""
 
@@ -44,26 +49,42 @@ _open: set[socket.socket] = set()
 
 
 def _before() -> None:
-    invitations: dict[Connection, socket.socket | None] = {}
-    _forking.invitations = invitations
-    _forking.known = [one for one in all_mapped() if one.told]
-    for connection in list(all_connections):
-        if connection.closed or connection.owner != os.getpid():
-            continue
-        invitations[connection] = None
-        try:
-            invitation = connection.invite()
-        except OSError as error:
-            log.warning("a child that is forked now may not get the memory of %s: %s", connection.socket_name, error)
-        else:
-            invitations[connection] = invitation
-            _open.add(invitation)
+    _forking.invitations, _forking.known, _forking.parent = {}, [], os.getpid()
+    # What other threads make while a manager is asked is for the next round: each takes a fraction of a millisecond.
+    for _ in range(ROUNDS):
+        there = [one for one in all_mapped() if one.told]
+        grown = {one.connection for one in there if one not in _forking.known}
+        connections = [one for one in all_connections if not one.closing and one.owner == os.getpid()]
+        wanted = [one for one in connections if one in grown or one not in _forking.invitations]
+        if not wanted:
+            break
+        for connection in wanted:
+            _invite(connection)
+        _forking.known = there
     for memory in all_memories():
         with suppress(OSError):
             memory._about_to_fork()
     # What is allocated in the child before our turn comes must not need new memory: that could come to one of our addresses.
     some = [bytes(POOL_BYTES // 16) for _ in range(16 * POOLS)]
     _forking.reserve = some[-1]
+
+
+def _invite(connection: Connection) -> None:
+    before = _forking.invitations.get(connection)
+    try:
+        invitation = connection.invite()
+    except (OSError, ValueError) as error:
+        if connection.closing:
+            # By another thread: nothing of it is mapped any more.
+            return
+        log.warning("a child that is forked now may not get the memory of %s: %s", connection.socket_name, error)
+        _forking.invitations.setdefault(connection, None)
+        return
+    _forking.invitations[connection] = invitation
+    _open.add(invitation)
+    if before is not None:
+        _open.discard(before)
+        before.close()
 
 
 def _in_parent() -> None:
@@ -89,6 +110,10 @@ def _begin_again() -> None:
     for one in _open.difference(invitations.values()):
         one.close()
     _open.clear()
+    for connection in list(all_connections):
+        # It has come since, in another thread.
+        if not connection.closing and connection.owner == _forking.parent:
+            invitations.setdefault(connection, None)
     everything = all_mapped()
     known, _forking.known = _forking.known, []
     fenced = [one for one in everything if _fenced(one)]
@@ -97,6 +122,9 @@ def _begin_again() -> None:
         mapped.slot = -1
     for connection, invitation in invitations.items():
         try:
+            if connection.closing:
+                # By another thread: nothing of it is mapped any more.
+                continue
             connection.begin_again(invitation)
             _map_again(connection, [one for one in fenced if one.connection is connection], known)
         except Exception as error:  # noqa: BLE001  (it would be printed as nobody's, and the others be left out)
