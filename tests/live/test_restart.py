@@ -316,6 +316,37 @@ def test_a_manager_that_can_not_be_followed_is_given_up_in_a_named_time_with_one
         unmapped.close()
 
 
+def test_a_dead_manager_that_a_file_system_does_not_let_go_of_is_given_up_in_a_named_time_too(
+    tmp_path: Path, slow_file: Callable[[bytes], SlowFile]
+) -> None:
+    slow = slow_file(page("s") * 4)
+    path = str(tmp_path / "socket")
+    opens = (
+        "manager = hwpoison.connect(arguments[0])\nmemory = manager.open(arguments[1])\nsay()\nhear()\nmemory.buffer[0]\n"
+    )
+    with (
+        serving(tmp_path / "socket") as server,
+        Child(ATTACHED + "memory.buffer[0]", path) as other,
+        Child(opens, path, str(slow.path)) as reader,
+    ):
+        for client in (other, reader):
+            client.hear()
+        slow.hold("read")
+        reader.tell()
+        wait_until(lambda: slow.waiting, "the manager reads the file for it")
+        os.kill(manager_of(server.pid), signal.SIGKILL)
+        other.tell()
+        assert [client.wait() for client in (other, reader)] == [-signal.SIGBUS] * 2
+        assert server.wait(SECONDS_MAX) == 1
+        assert server.stderr is not None
+        said = server.stderr.read().decode()
+        assert "the manager is dead, but for a thread that waits for a file system" in said
+        assert (
+            "waited for a file system for 10 s, so that no other one can be started: processes that map its memory" in said
+        )
+        slow.hold()
+
+
 def test_a_keeper_that_dies_is_replaced_and_the_next_one_keeps_everything(root: None, manager: hwpoison.Manager) -> None:
     table = manager.allocate(4 * PAGE, name="table")
     table.write(0, page("t"))

@@ -24,6 +24,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from hwpoison.linux import journal
 from hwpoison.linux.inheritance import PROCESS
@@ -33,6 +34,8 @@ GIVE_UP_SECONDS = 10.0
 """So long after a manager's death there must be another one. Else what is held is let go, which ends who waits for it."""
 END_SECONDS = 2.0
 """So long processes that were sent SIGBUS may take to end, with a core dump for instance."""
+LOOK_SECONDS = 1.0
+"""Between two looks whether the manager is half dead: nothing tells of that."""
 PAUSE_SECONDS = 0.1
 """Between two attempts to start one."""
 SHORT_LIFE_SECONDS = 1.0
@@ -167,6 +170,10 @@ def adopt(manage: Manage, channel: socket.socket, pidfd: int, life: int, resume:
     return process.run()
 
 
+class _HalfDeadError(Exception):
+    """The last manager can't end, so there can't be another one."""
+
+
 class _Process:
     """The keeper process."""
 
@@ -201,6 +208,15 @@ class _Process:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def run(self) -> int:
+        try:
+            return self._run()
+        except _HalfDeadError:
+            return self._give_up(
+                f"the manager is dead, but a thread of it has waited for a file system for {GIVE_UP_SECONDS:.0f} s, so that "
+                "no other one can be started"
+            )
+
+    def _run(self) -> int:
         if self._life and self._channel is None and not self._succeed(time.monotonic()):
             return self._give_up()
         if self._channel is None:
@@ -242,8 +258,8 @@ class _Process:
         return 1
 
     def _end_clients(self) -> None:
-        """By SIGBUS, who still maps memory. Whom that does not end, as he sleeps in a system call or handles it, the
-        lifeline does by SIGKILL, when this process has ended."""
+        """By SIGBUS, who still maps memory; by SIGKILL, whom that does not end, as he sleeps in a system call or handles it.
+        Whoever can't be told here, the lifeline ends, when this process has ended."""
         try:
             records = journal.read(self._held[journal.LABEL])
         except (LookupError, OSError):
@@ -256,7 +272,10 @@ class _Process:
                 told.append(pidfd)
         deadline = time.monotonic() + END_SECONDS
         for pidfd in told:
-            _wait_for(pidfd, deadline)
+            if not _wait_for(pidfd, deadline):
+                # A manager that is half dead has the other end of its lifeline.
+                with suppress(OSError):
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
     def adopt(self, channel: socket.socket, pidfd: int) -> None:
         self._channel, self._pidfd, self._ready = channel, pidfd, True
@@ -336,8 +355,10 @@ class _Process:
         for one in (self._channel.fileno(), self._pidfd):
             poll.register(one, select.POLLIN)
         while not (until_ready and self._ready):
-            wait = None if deadline is None or self._ready else max(0.0, deadline - time.monotonic()) * 1000
-            found = [fd for fd, _ in poll.poll(wait)]
+            left = LOOK_SECONDS if deadline is None or self._ready else max(0.0, deadline - time.monotonic())
+            found = [fd for fd, _ in poll.poll(min(left, LOOK_SECONDS) * 1000)]
+            if not found and left >= LOOK_SECONDS and not _half_dead(self._pidfd):
+                continue
             # What it has said before it died is taken first.
             if self._channel.fileno() not in found or not self._take(self._channel):
                 return
@@ -397,7 +418,12 @@ class _Process:
             # It has let go of us, or is not ready in time. There must not be two of them.
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        _wait_for(pidfd)
+        if self._over:
+            _wait_for(pidfd)
+        elif not _wait_for(pidfd, time.monotonic() + LOOK_SECONDS):
+            say("hwpoison: the manager is dead, but for a thread that waits for a file system: its clients wait for that")
+            if not _wait_for(pidfd, time.monotonic() + GIVE_UP_SECONDS - LOOK_SECONDS):
+                raise _HalfDeadError
         os.close(pidfd)
         if not self._pid:
             return None
@@ -420,11 +446,21 @@ def _has_ended(pidfd: int) -> bool:
     return bool(poll.poll(0))
 
 
-def _wait_for(pidfd: int, deadline: float | None = None) -> None:
+def _half_dead(pidfd: int) -> bool:
+    """True if its first thread is dead, and another one is not: it waits in the kernel, where no signal ends it."""
+    with suppress(OSError, ValueError):
+        about = Path(f"/proc/self/fdinfo/{pidfd}").read_text()
+        pid = int(about.partition("Pid:")[2].split()[0])
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    return False
+
+
+def _wait_for(pidfd: int, deadline: float | None = None) -> bool:
+    """False if it has not ended by then."""
     # `select` knows no descriptors from 1,024 on.
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
-    poll.poll(None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000)
+    return bool(poll.poll(None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000))
 
 
 def _close(fd: int) -> None:
