@@ -228,6 +228,7 @@ class _Takeover:
             for page in given_up:
                 state = State.DIRTY_FILE if object_.backing is not None else State.ANONYMOUS
                 loss = Loss(event_id, state, Outcome.FAILED, INTERRUPTED, time=books.machine.now())
+                books.reclaim.left(object_, 1)
                 lose(books, object_, page, loss)
 
     def _settled(self, object_: MemoryObject, page: int, flags: int, present: bool, given_up: list[int]) -> int:
@@ -251,6 +252,8 @@ class _Takeover:
             return PRESENT | changed
         if flags & PRESENT and (changed or object_.backing is None) and place not in self._isolating:
             given_up.append(page)
+            # Until the loss is written down: this manager may die before that, too.
+            return PRESENT | changed
         return 0
 
     def not_surely_durable(self) -> None:
