@@ -39,7 +39,7 @@ class _Forking(threading.local):
         self.invitations: dict[Connection, socket.socket | None] = {}
         self.reserve = b""
         self.parent = 0
-        self.known: list[Mapped] = []
+        self.known: set[Mapped] = set()
         """What the manager knew of before anything was asked for: the invitations have it."""
 
 
@@ -49,11 +49,11 @@ _open: set[socket.socket] = set()
 
 
 def _before() -> None:
-    _forking.invitations, _forking.known, _forking.parent = {}, [], os.getpid()
+    _forking.invitations, _forking.known, _forking.parent = {}, set(), os.getpid()
     # What other threads make while a manager is asked is for the next round: each takes a fraction of a millisecond.
     for _ in range(ROUNDS):
-        there = [one for one in all_mapped() if one.told]
-        grown = {one.connection for one in there if one not in _forking.known}
+        there = {one for one in all_mapped() if one.told}
+        grown = {one.connection for one in there - _forking.known}
         connections = [one for one in all_connections if not one.closing and one.owner == os.getpid()]
         wanted = [one for one in connections if one in grown or one not in _forking.invitations]
         if not wanted:
@@ -89,7 +89,7 @@ def _invite(connection: Connection) -> None:
 
 def _in_parent() -> None:
     invitations, _forking.invitations = _forking.invitations, {}
-    _forking.known = []
+    _forking.known = set()
     for invitation in invitations.values():
         if invitation is not None:
             _open.discard(invitation)
@@ -115,7 +115,7 @@ def _begin_again() -> None:
         if not connection.closing and connection.owner == _forking.parent:
             invitations.setdefault(connection, None)
     everything = all_mapped()
-    known, _forking.known = _forking.known, []
+    known, _forking.known = _forking.known, set()
     fenced = [one for one in everything if _fenced(one)]
     for mapped in everything:
         # The parent's word on the board. If this is not made again it has none.
@@ -153,7 +153,7 @@ def _not_there(mapped: Mapped, error: Exception, level: int = logging.ERROR) -> 
     log.log(level, "memory %r is not there in the forked child %d: %s", mapped.found.name, os.getpid(), error)
 
 
-def _map_again(connection: Connection, mapped: list[Mapped], known: list[Mapped]) -> None:
+def _map_again(connection: Connection, mapped: list[Mapped], known: set[Mapped]) -> None:
     for one in mapped:
         channel = connection.take_channel()
         try:
