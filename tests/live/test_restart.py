@@ -196,7 +196,8 @@ def test_who_sleeps_in_a_fault_that_the_dead_manager_had_read_is_served_too(
         slow.hold("read")
         reader.tell()
         wait_until(lambda: slow.waiting, "the manager reads the file for it")
-        assert asleep_in_a_fault(reader.pid)
+        # The manager can have the event before the reader, which has put it there, has fallen asleep.
+        wait_until(lambda: asleep_in_a_fault(reader.pid), "it sleeps in a fault")
         # It is dead when the file system lets go of its thread.
         os.kill(manager.pid, signal.SIGKILL)
         slow.hold()
