@@ -7,6 +7,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,15 @@ from hwpoison.linux.syscalls import PAGE_SIZE
 pytestmark = pytest.mark.live
 
 ROUNDS = 400
+
+
+def sockets() -> set[str]:
+    """Those that this process has open."""
+    found = set()
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):
+            found.add(os.readlink(f"/proc/self/fd/{fd}"))
+    return {one for one in found if one.startswith("socket:")}
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +121,16 @@ def test_who_uses_a_memory_that_another_thread_closes_is_told_that_it_is_closed(
             errors[action.__name__] += 1
     assert errors
     assert manager.objects() == []
+
+
+def test_a_request_that_ends_after_the_close_leaves_no_descriptor() -> None:
+    before = sockets()
+    manager = hwpoison.Manager()
+    # As a thread whose reply has just come has it.
+    channel = manager.connection.take_channel()
+    manager.close()
+    manager.connection.give_back(channel)
+    assert sockets() == before
 
 
 def test_the_error_of_the_first_memory_that_a_manager_closes_names_those_of_others(file: Callable[..., Path]) -> None:

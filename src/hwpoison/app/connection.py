@@ -300,6 +300,9 @@ class Connection:
     def give_back(self, channel: Channel) -> None:
         """All its requests have got their replies."""
         self._idle.append(channel)
+        if self.closed:
+            # Meanwhile, by another thread, which could not know of this one.
+            self._close_idle()
 
     def _answer(
         self, channel: Channel, message: protocol.Message, fds: list[int] | None
@@ -480,9 +483,13 @@ class Connection:
             self.request(protocol.Goodbye(), protocol.Done)
         self.closed = True
         self._control.close()
-        for channel in self._idle:
-            channel.close()
+        self._close_idle()
         self._drop_descriptor()
+
+    def _close_idle(self) -> None:
+        with suppress(IndexError):
+            while True:
+                self._idle.popleft().close()
 
     def _drop_descriptor(self) -> None:
         descriptor, self.descriptor = self.descriptor, None

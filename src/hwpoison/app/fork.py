@@ -110,10 +110,11 @@ def _begin_again() -> None:
     for one in _open.difference(invitations.values()):
         one.close()
     _open.clear()
-    for connection in list(all_connections):
-        # It has come since, in another thread.
-        if not connection.closing and connection.owner == _forking.parent:
-            invitations.setdefault(connection, None)
+    # In another thread.
+    come_since = [
+        one for one in list(all_connections) if not one.closing and one.owner == _forking.parent and one not in invitations
+    ]
+    invitations.update(dict.fromkeys(come_since))
     everything = all_mapped()
     known, _forking.known = _forking.known, set()
     fenced = [one for one in everything if _fenced(one)]
@@ -128,7 +129,10 @@ def _begin_again() -> None:
             connection.begin_again(invitation)
             _map_again(connection, [one for one in fenced if one.connection is connection], known)
         except Exception as error:  # noqa: BLE001  (it would be printed as nobody's, and the others be left out)
-            log.error("the forked child %d has no way to the manager at %s: %s", os.getpid(), connection.socket_name, error)
+            # What another thread has begun meanwhile, and has ended in the parent by now, nobody here can have.
+            level = logging.DEBUG if connection in come_since else logging.ERROR
+            message = "the forked child %d has no way to the manager at %s: %s"
+            log.log(level, message, os.getpid(), connection.socket_name, error)
         finally:
             if invitation is not None:
                 invitation.close()
