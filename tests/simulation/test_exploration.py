@@ -230,6 +230,23 @@ def test_a_run_that_cannot_be_is_refused(where: tuple[str | int, ...], wrong: ob
         load(path)
 
 
+@pytest.mark.parametrize(
+    ("scenario", "said"),
+    [
+        (Scenario("anonymous", ("present",) * 3, (("read", 0),), limit=2), "3 pages within 2"),
+        (
+            Scenario("writable", ("present",), (), clients=((("write while resident", 0), ("read guarded", 0)),)),
+            "writes and guards",
+        ),
+    ],
+)
+def test_a_world_that_cannot_be_is_refused(scenario: Scenario, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    SavedRun(scenario, "quiet", (), (), "", ()).save(path)
+    with pytest.raises(ValueError, match=said):
+        load(path)
+
+
 @pytest.mark.parametrize("path", sorted(FOUND.glob("*.json")), ids=lambda path: path.stem)
 def test_what_was_found_once_holds_now(path: Path) -> None:
     saved = load(path)

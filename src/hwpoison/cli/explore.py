@@ -32,11 +32,12 @@ FOUND_FOLDER = Path("tests/simulation/found")
 @click.option("--mode", type=click.Choice(["quiet", "batch"]), default="quiet", show_default=True,
               help="When something from outside may come: if nothing is ready, or several at once.")  # fmt: skip
 @click.option("--matrix", default="pairs", show_default=True,
-              type=click.Choice(["pairs", "all-pairs", "apart", "two-pages", "deaths", "restarts", "restart-pairs",
-                                 "old-kernels"]),
+              type=click.Choice(["pairs", "all-pairs", "apart", "two-pages", "deaths", "restarts", "two-deaths",
+                                 "restart-pairs", "old-kernels"]),
               help="Pairs of operations on one page (all-pairs: those too that differ little from others; apart: what is "
                    "not done beside everything), on two, each operation with the manager's death, or pairs where the "
-                   "kernel has no poison markers; with restarts, another manager takes over.")  # fmt: skip
+                   "kernel has no poison markers; with restarts, another manager takes over; with two-deaths, that one "
+                   "may die too.")  # fmt: skip
 @click.option("--misfortunes", is_flag=True, help="One write or read may fail, or one marker be lost, beside all else.")
 @click.option("--limit", metavar="N", type=click.IntRange(1), help="At most so many schedules a cell.")
 @click.option("--save", metavar="FOLDER", type=click.Path(path_type=Path, file_okay=False),

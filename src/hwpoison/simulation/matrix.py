@@ -1,9 +1,9 @@
 """The cells that are explored: every state of a page with every pair of operations, beside a client that always works.
 
-There are six matrices: `pairs` on one page (all, or those without what differs little from others), `apart`, what is not
+There are these matrices: `pairs` on one page (all, or those without what differs little from others), `apart`, what is not
 done beside everything, `two_pages`, `deaths`, each operation by itself with the manager's death at every choice, `restarts`,
-the same with another manager that takes over, and `old_kernels`, pairs again where there are no poison markers. `small` are
-cells in which reduction is compared with none.
+the same with another manager that takes over and may die too, `restart_pairs`, pairs with that, and `old_kernels`, pairs
+again where there are no poison markers. `small` are cells in which reduction is compared with none.
 """
 
 from __future__ import annotations
@@ -319,6 +319,7 @@ MATRICES: dict[str, Callable[[], Iterator[Scenario]]] = {
     "two-pages": two_pages,
     "deaths": deaths,
     "restarts": restarts,
+    "two-deaths": partial(restarts, 2),
     "restart-pairs": restart_pairs,
     "old-kernels": old_kernels,
 }

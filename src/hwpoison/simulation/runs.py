@@ -68,7 +68,7 @@ def load(path: Path) -> SavedRun:
             names = {name for name, _ in script}
             if not names <= SCRIPTS.keys():
                 raise ValueError(f"it has a client that does {', '.join(map(repr, sorted(names - SCRIPTS.keys())))}")
-            if names & {"write", "die"} and names & {"read guarded", "read guarded twice"}:
+            if names & {"write", "die", "write while resident"} and names & {"read guarded", "read guarded twice"}:
                 raise ValueError("it has a client that writes and guards: each has one view")
             # As in `seeded`: it comes first or is there, and goes last.
             if any(name.startswith("attach") for name, _ in script[1:]) or any(name in LEAVING for name, _ in script[:-1]):
@@ -81,6 +81,8 @@ def load(path: Path) -> SavedRun:
             raise ValueError(f"it has a budget for {', '.join(f'{one} ({most})' for one, most in scenario.budget)}")
         if scenario.limit < 0 or scenario.successors < 0:
             raise ValueError("it has a limit, or successors, of less than 0")
+        if scenario.kind == "anonymous" and 0 < scenario.limit < len(scenario.states):
+            raise ValueError(f"it has an anonymous object of {len(scenario.states)} pages within {scenario.limit}")
         if scenario.sigbus not in [one.value for one in Telling]:
             raise ValueError(f"it has a SIGBUS that is {scenario.sigbus!r}")
         if not scenario.states or scenario.kind not in STATES or not set(scenario.states) <= set(STATES[scenario.kind]):
