@@ -7,7 +7,7 @@ have no standard name: bytes that are gone, and a machine that lacks what is nee
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 EHWPOISON = 133
 """The kernel's errno for "memory page has hardware error", which Python's `errno` module does not have."""
@@ -39,8 +39,9 @@ class PoisonError(OSError):
             f"{self.offset:#x} of {self.name!r}{more}; repair() or discard() them",
         )
 
-    def __reduce__(self) -> tuple[type[PoisonError], tuple[tuple[Range, ...]]]:
-        return type(self), (self.ranges,)
+    def __reduce__(self) -> tuple[type[PoisonError], tuple[tuple[Range, ...]], dict[str, Any]]:
+        # What was added to it goes with it, notes for instance.
+        return type(self), (self.ranges,), vars(self)
 
 
 class UnsupportedError(OSError):

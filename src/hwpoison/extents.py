@@ -1,10 +1,16 @@
-"""Which bytes an array lies on."""
+"""Arrays over buffers: which bytes one lies on, how one is made, what the head of a .npy file says."""
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy
+import numpy.lib.format
+import numpy.typing
+
+from hwpoison.checking import shape_of, whole
 
 
 def as_array(value: object) -> numpy.ndarray[Any, Any]:
@@ -31,3 +37,62 @@ def extent(array: numpy.ndarray[Any, Any]) -> tuple[int, int]:
     base = array.__array_interface__["data"][0]
     before, behind = reach(array)
     return base - before, base + behind
+
+
+def array_over(
+    buffer: memoryview,
+    dtype: numpy.typing.DTypeLike,
+    shape: int | tuple[int, ...] | None,
+    offset: int,
+    order: Literal["C", "F"],
+) -> numpy.ndarray[Any, Any]:
+    """A numpy array over a buffer, with the arguments that `numpy.memmap` has."""
+    item = numpy.dtype(dtype)
+    if item.hasobject:
+        raise ValueError(f"{item} holds Python objects; managed memory holds bytes: choose another dtype")
+    if not item.itemsize:
+        raise ValueError(f"{item!r} has items of 0 bytes; choose another dtype")
+    offset = whole("offset", offset)
+    if offset > len(buffer):
+        raise ValueError(f"offset {offset} is not within the {len(buffer)} bytes")
+    if offset < 0:
+        raise ValueError(f"offset {offset}: must be 0 or more")
+    if shape is not None:
+        shape = shape_of(shape)
+    else:
+        if (len(buffer) - offset) % item.itemsize:
+            raise ValueError(f"{len(buffer) - offset} bytes from offset {offset} are no whole number of {item}; pass shape=")
+        shape = ((len(buffer) - offset) // item.itemsize,)
+    try:
+        # Of a memoryview, numpy would keep only the mapping behind it, which could be closed under the array then.
+        return numpy.ndarray(shape, item, numpy.frombuffer(buffer, "u1"), offset, order=order)
+    except TypeError as error:
+        raise ValueError(
+            f"shape {shape} of {item} at offset {offset} needs more than the {len(buffer)} bytes: {error}"
+        ) from None
+
+
+class Header(NamedTuple):
+    """Of a .npy file; the array begins at byte `offset`."""
+
+    dtype: numpy.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int
+    order: Literal["C", "F"]
+
+
+def header_of(path: str | os.PathLike[str]) -> Header:
+    """Raises ValueError if it is no .npy file, or one of Python objects."""
+    with Path(path).open("rb") as file:
+        try:
+            version = numpy.lib.format.read_magic(file)
+            read = {(1, 0): numpy.lib.format.read_array_header_1_0, (2, 0): numpy.lib.format.read_array_header_2_0}
+            if version not in read:
+                raise ValueError(f"version {version} of the format is not known")
+            shape, fortran, dtype = read[version](file)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)!r} is no .npy file of numbers: {error}") from None
+        offset = file.tell()
+    if dtype.hasobject:
+        raise ValueError(f"{os.fspath(path)!r} has Python objects in it, which managed memory can't hold")
+    return Header(dtype, shape, offset, "F" if fortran else "C")

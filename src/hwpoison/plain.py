@@ -2,11 +2,13 @@
 
 `Manager(required=False)` is this where userfaultfd can't be had, and on other systems. What fails is as it is without
 hwpoison: nothing is isolated, read again or told, and nothing is ever lost as far as is known here. Objects are files in a
-folder that goes with its manager; other processes `connect` to that, or are sent the `Memory` by pickling.
+folder that goes with the process that has made the manager; others `connect` to that, or are sent the `Memory` by pickling.
+Who has an object open has a lock on its file, so the last one takes it away.
 """
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import shutil
@@ -19,10 +21,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 from urllib.parse import quote
 
+from hwpoison.checking import as_bytes, memory_limit_of, name_of, range_of, seconds_of, stack_level, true_or_false, whole
 from hwpoison.core.records import Capabilities, Failure, Policy
 from hwpoison.errors import Range, UnsupportedError
 from hwpoison.protocol import ObjectInfo, Statistics
@@ -31,10 +34,19 @@ if TYPE_CHECKING:
     import numpy
     import numpy.typing
 
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:
+    # Windows. Objects go with their folder there.
+    fcntl = None
+
 PREFIX = "plain:"
 """What the `socket` of such a manager begins with."""
 OTHER_SYSTEM = f"memory is managed on Linux only, and this is {sys.platform}"
 Content = bytes | bytearray | memoryview
+PERSISTENT = ".persistent"
+"""What stands beside the file of an object that stays without anybody who has it open."""
 
 _warned = False
 
@@ -44,7 +56,36 @@ def _warn(why: str) -> None:
     global _warned  # noqa: PLW0603
     if not _warned:
         _warned = True
-        warnings.warn(f"hwpoison manages no memory here, so nothing of it is recovered: {why}", RuntimeWarning, stacklevel=3)
+        said = f"hwpoison manages no memory here, so nothing of it is recovered: {why}"
+        warnings.warn(said, RuntimeWarning, stacklevel=stack_level())
+
+
+def _lock(fd: int) -> None:
+    """Of who has an object's file open, for as long as that is. Raises FileNotFoundError if the last one has just gone."""
+    if fcntl is not None:
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        if not os.fstat(fd).st_nlink:
+            raise FileNotFoundError
+
+
+def _let_go(fd: int, path: str, owner: int) -> None:
+    """Of the file of an object that nobody has in this process any more."""
+    if os.getpid() == owner:
+        os.close(fd)
+        _remove_if_unused(path)
+
+
+def _remove_if_unused(path: str) -> None:
+    if fcntl is not None and not os.path.exists(path + PERSISTENT):
+        with suppress(OSError), open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(path)
+
+
+def _remove_folder(folder: str, owner: int) -> None:
+    # Where a mapped file can't be deleted, it stays. A forked child's is not its to take away.
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Handle:
@@ -128,6 +169,12 @@ class View:
         pass
 
 
+class _Mapping(mmap.mmap):
+    """May keep its memory."""
+
+    memory: Memory | None = None
+
+
 _memories: weakref.WeakSet[Memory] = weakref.WeakSet()
 
 
@@ -150,8 +197,20 @@ class Memory:
         self._policy: Policy | None = None
         self._at = offset % mmap.ALLOCATIONGRANULARITY
         access = mmap.ACCESS_WRITE if self.writable else mmap.ACCESS_READ
-        with open(path, "r+b" if self.writable else "rb") as file:
-            self._mapping = mmap.mmap(file.fileno(), nbytes + self._at, access=access, offset=offset - self._at)
+        fd = os.open(path, (os.O_RDWR if self.writable else os.O_RDONLY) | getattr(os, "O_BINARY", 0))
+        try:
+            if kind == "anonymous":
+                _lock(fd)
+            self._mapping = _Mapping(fd, nbytes + self._at, access=access, offset=offset - self._at)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._over: Callable[[], object] = int
+        if kind == "anonymous":
+            # Views keep the mapping, and the object with it.
+            self._over = weakref.finalize(self._mapping, _let_go, fd, path, os.getpid())
+        else:
+            os.close(fd)
         _memories.add(self)
 
     @property
@@ -184,11 +243,9 @@ class Memory:
         offset: int = 0,
         order: Literal["C", "F"] = "C",
     ) -> numpy.ndarray[Any, Any]:
-        import numpy  # noqa: PLC0415
+        from hwpoison.extents import array_over  # noqa: PLC0415
 
-        if shape is None:
-            shape = (self.nbytes - offset) // numpy.dtype(dtype).itemsize
-        return numpy.ndarray(shape, dtype, numpy.frombuffer(self.buffer, "u1"), offset, order=order)
+        return array_over(self.buffer, dtype, shape, offset, order)
 
     def _visit(self, *, tells: bool = True) -> tuple[View, View]:
         """For `hwpoison.guard`."""
@@ -199,19 +256,21 @@ class Memory:
         return bytes(self.buffer[self._range(offset, nbytes)])
 
     def write(self, offset: int, data: Content) -> None:
+        view = as_bytes(data)
+        place = self._range(offset, len(view))
         if not self.writable:
-            raise PermissionError(f"{self.name!r} is open read-only; open it with mode 'r+'")
-        view = memoryview(data).cast("B")
-        self.buffer[self._range(offset, len(view))] = view
+            raise PermissionError(errno.EACCES, f"{self.name!r} is open read-only; open it with mode 'r+'")
+        self.buffer[place] = view
 
     def prefetch(self, offset: int = 0, nbytes: int | None = None) -> None:
         self._range(offset, nbytes)
 
     @contextmanager
     def resident(self, offset: int = 0, nbytes: int | None = None, write: bool = False) -> Iterator[memoryview]:
-        if write and not self.writable:
+        place = self._range(offset, nbytes)
+        if true_or_false("write", write) and not self.writable:
             raise PermissionError(f"memory {self.name!r} is read-only; open it with mode 'r+'")
-        part = self.buffer[self._range(offset, nbytes)]
+        part = self.buffer[place]
         with part if write else part.toreadonly() as view:
             yield view
 
@@ -225,7 +284,7 @@ class Memory:
         return []
 
     def repair(self, offset: int, data: Content) -> int:
-        self._range(offset, len(memoryview(data).cast("B")))
+        self._range(offset, len(as_bytes(data)))
         return 0
 
     def discard(self, offset: int = 0, nbytes: int | None = None) -> int:
@@ -238,6 +297,8 @@ class Memory:
 
     def on_failure(self, function: Callable[[Any], object]) -> Handle:
         self._check_open()
+        if not callable(function):
+            raise TypeError(f"on_failure needs a function, not {type(function).__name__}")
         return Handle(function)
 
     @property
@@ -249,7 +310,8 @@ class Memory:
         self._policy = None if policy is None else Policy(policy)
 
     def _kept_by_views(self) -> None:
-        """They keep their mapping by themselves."""
+        """As of `hwpoison.Memory`: the mapping, which they keep, keeps this."""
+        self._mapping.memory = self
 
     def close(self) -> None:
         if self.closed:
@@ -260,6 +322,7 @@ class Memory:
         except BufferError:
             raise BufferError(f"{self.name!r} has views (arrays or memoryviews); delete them before close()") from None
         self.closed = True
+        self._over()
         self._manager._open.pop(id(self), None)
 
     def __enter__(self) -> Self:
@@ -278,10 +341,8 @@ class Memory:
 
     def _range(self, offset: int, nbytes: int | None) -> slice:
         self._check_open()
-        end = self.nbytes if nbytes is None else offset + nbytes
-        if offset < 0 or end < offset or end > self.nbytes:
-            raise ValueError(f"bytes {offset} to {end} are not within {self.name!r}, which ends at {self.nbytes}")
-        return slice(offset, end)
+        offset, nbytes = range_of(self.name, self.nbytes, offset, nbytes)
+        return slice(offset, offset + nbytes)
 
 
 def _opened_again(socket_name: str, *opened: Any) -> Memory:
@@ -289,7 +350,7 @@ def _opened_again(socket_name: str, *opened: Any) -> Memory:
 
 
 class Manager:
-    """As `hwpoison.Manager`, without a process of its own. The options of that are accepted, and make no difference."""
+    """As `hwpoison.Manager`, without a process of its own. The options of that are checked, and make no difference."""
 
     def __init__(
         self,
@@ -299,62 +360,84 @@ class Manager:
         policy: Policy | str = Policy.LATE,
         io_limit: float = 30.0,
         required: bool = True,
-        folder: str | None = None,
-        why: str = OTHER_SYSTEM,
-        **others: object,
+        without: int = 0,
     ) -> None:
-        if required:
-            raise UnsupportedError(f"{why}; with Manager(required=False) programs run without recovery")
-        self._owned = folder is None
-        if self._owned:
+        memory_limit_of(memory_limit, mmap.PAGESIZE)
+        true_or_false("offline_foreign", offline_foreign)
+        seconds_of("io_limit", io_limit)
+        policy = Policy(policy)
+        if true_or_false("required", required):
+            raise UnsupportedError(f"{OTHER_SYSTEM}; with Manager(required=False) programs run without recovery")
+        self._begin(OTHER_SYSTEM, policy)
+
+    def _begin(self, why: str, policy: Policy, folder: str | None = None) -> None:
+        """`folder`: that of the manager that it is the way to; None: this is that manager."""
+        self._end: Callable[[], object] = int
+        if folder is None:
             _warn(why)
-        shared = "/dev/shm" if os.path.isdir("/dev/shm") else None
-        self._folder = folder or tempfile.mkdtemp(prefix="hwpoison-", dir=shared)
-        self._open: dict[int, Memory] = {}
+            folder = tempfile.mkdtemp(prefix="hwpoison-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+            self._end = weakref.finalize(self, _remove_folder, folder, os.getpid())
+        self._folder = folder
+        self._open: weakref.WeakValueDictionary[int, Memory] = weakref.WeakValueDictionary()
+        self._mapped: weakref.WeakKeyDictionary[_Mapping, str] = weakref.WeakKeyDictionary()
+        """Those too of which nothing is left but views."""
         self.socket = PREFIX + self._folder
         self.pid = os.getpid()
-        self.policy = Policy(policy)
+        self.policy = policy
         self.closed = False
         self.capabilities = Capabilities(recovery=False, system_calls=True, poison_markers=False, reason=why)
 
     def _path(self, name: str) -> str:
-        return os.path.join(self._folder, quote(name, safe="") + ".memory")
+        if self.closed:
+            raise ConnectionError("the manager was closed; open a new one with Manager() or connect()")
+        return os.path.join(self._folder, quote(name_of(name) or "", safe="") + ".memory")
 
     def _memory(self, *opened: Any) -> Memory:
         if self.closed:
             raise ConnectionError("the manager was closed; open a new one with Manager() or connect()")
         memory = Memory(self, *opened)
         self._open[id(memory)] = memory
+        self._mapped[memory._mapping] = memory.name
         return memory
 
     def allocate(
         self, nbytes: int, name: str | None = None, *, persistent: bool = False, populate: bool | None = None
     ) -> Memory:
+        nbytes = whole("nbytes", nbytes)
         if nbytes < 1:
             raise ValueError(f"{nbytes} bytes: an object has at least 1")
+        if populate is not None:
+            true_or_false("populate", populate)
+        if true_or_false("persistent", persistent) and name is None:
+            raise ValueError("persistent memory needs a name, by which it can be attached again: pass name=")
         if name is None:
-            if persistent:
-                raise ValueError("persistent memory needs a name, by which it can be attached again: pass name=")
             names = map("anonymous-{}".format, count(1))
             name = next(one for one in names if not os.path.exists(self._path(one)))
+        path = self._path(name)
         try:
-            with open(self._path(name), "xb") as file:
+            with open(path, "xb") as file:
+                _lock(file.fileno())
                 file.truncate(nbytes)
+                if persistent:
+                    Path(path + PERSISTENT).touch()
+                return self._memory(path, name, "anonymous", "r+", 0, nbytes)
         except FileExistsError:
             raise FileExistsError(
                 f"the name {name!r} is taken by another object; pass another name=, or attach({name!r})"
             ) from None
-        return self._memory(self._path(name), name, "anonymous", "r+", 0, nbytes)
 
     def attach(self, name: str) -> Memory:
-        for one in self._open.values():
+        for one in list(self._open.values()):
             if one.name == name and one.kind == "file":
                 return self._memory(*one._opened)
+        path = self._path(name)
         try:
-            nbytes = os.path.getsize(self._path(name))
+            # Of one that is just being made there are no bytes yet.
+            if nbytes := os.path.getsize(path):
+                return self._memory(path, name, "anonymous", "r+", 0, nbytes)
         except FileNotFoundError:
-            raise FileNotFoundError(f"there is no object {name!r}") from None
-        return self._memory(self._path(name), name, "anonymous", "r+", 0, nbytes)
+            pass
+        raise FileNotFoundError(f"there is no object {name!r}")
 
     def open(
         self,
@@ -369,16 +452,18 @@ class Manager:
             raise ValueError(f"mode {mode!r}: a file is opened 'r' or 'r+'")
         place = os.path.abspath(path)
         size = os.path.getsize(place)
-        nbytes = size - offset if nbytes is None else nbytes
-        if offset < 0 or nbytes < 1 or offset + nbytes > size:
-            raise ValueError(f"{nbytes} bytes at offset {offset} are not within {place!r}, which has {size} bytes")
-        return self._memory(place, name or place, "file", mode, offset, nbytes)
+        offset, nbytes = range_of(place, size, offset, nbytes)
+        if not nbytes:
+            raise ValueError(f"{nbytes} bytes of {place!r}: an object has at least 1")
+        return self._memory(place, name_of(name) or place, "file", mode, offset, nbytes)
 
     def unlink(self, name: str) -> None:
+        path = self._path(name)
         try:
-            os.unlink(self._path(name))
+            os.unlink(path + PERSISTENT)
         except FileNotFoundError:
-            raise FileNotFoundError(f"there is no object {name!r}") from None
+            raise FileNotFoundError(f"there is no persistent object {name!r}") from None
+        _remove_if_unused(path)
 
     def inject(self, memory: str | Memory, offset: int, action_required: bool = False) -> Failure:
         raise UnsupportedError(f"a failure can't be simulated: {self.capabilities.reason}")
@@ -392,14 +477,15 @@ class Manager:
     def objects(self) -> list[ObjectInfo]:
         return [
             ObjectInfo(
-                name=one.name, kind=one.kind, mode="r+" if one.writable else "r", persistent=False, nbytes=one.nbytes,
+                name=one.name, kind=one.kind, mode="r+" if one.writable else "r",
+                persistent=os.path.exists(one._opened[0] + PERSISTENT), nbytes=one.nbytes,
                 present=one.nbytes, dirty=0, lost=0, mappings=1, pids=[os.getpid()],
             )
-            for one in self._open.values()
+            for one in list(self._open.values())
         ]  # fmt: skip
 
     def statistics(self) -> Statistics:
-        present = sum(one.nbytes for one in self._open.values())
+        present = sum(one.nbytes for one in list(self._open.values()))
         return Statistics(
             pid=self.pid, page_size=mmap.PAGESIZE, socket=self.socket, memory_limit=None, memory_present=present, keeper=0,
             restarts=0, clients=1, objects=len(self._open), outcomes={}, states={}, quarantined=0, faults=0, read=0,
@@ -418,19 +504,14 @@ class Manager:
     def close(self) -> None:
         if self.closed:
             return
-        kept = []
         for memory in list(self._open.values()):
-            try:
+            with suppress(BufferError):
                 memory.close()
-            except BufferError:
-                kept.append(memory.name)
-        if kept:
-            warnings.warn(f"still in use, kept by their views: {', '.join(kept)}", ResourceWarning, stacklevel=3)
+        kept = [name for mapping, name in list(self._mapped.items()) if not mapping.closed]
         self.closed = True
-        if self._owned and os.getpid() == self.pid:
-            # Where a mapped file can't be deleted, it stays.
-            with suppress(OSError):
-                shutil.rmtree(self._folder)
+        self._end()
+        if kept:
+            warnings.warn(f"still in use, kept by their views: {', '.join(kept)}", ResourceWarning, stacklevel=stack_level())
 
     def __enter__(self) -> Self:
         return self
@@ -442,12 +523,26 @@ class Manager:
 BaseManager = SharedManager = Manager
 
 
+def unmanaged(why: str, *, policy: Policy | str = Policy.LATE, **options: Any) -> Manager:
+    """What `Manager(required=False)` is where userfaultfd can't be had; `why` says why. Raises what `Manager` does."""
+    try:
+        Manager(policy=policy, **options)
+    except UnsupportedError:
+        # The options are right, then.
+        pass
+    manager = Manager.__new__(Manager)
+    manager._begin(why, Policy(policy))
+    return manager
+
+
 def connect(socket: str | os.PathLike[str] | None = None, *, maps: bool = True) -> Manager:
     """The plain manager that has this `socket`."""
     name = os.fspath(socket or "") or os.environ.get("HWPOISON_SOCKET", "")
     if not name.startswith(PREFIX) or not os.path.isdir(name.removeprefix(PREFIX)):
         raise ConnectionError(f"no manager answers at {name or 'no socket'}: {OTHER_SYSTEM}")
-    return Manager(required=False, folder=name.removeprefix(PREFIX))
+    manager = Manager.__new__(Manager)
+    manager._begin(OTHER_SYSTEM, Policy.LATE, name.removeprefix(PREFIX))
+    return manager
 
 
 # --- where nothing else of hwpoison can be loaded
@@ -522,7 +617,10 @@ def load(
     path: str | os.PathLike[str], mode: Literal["r", "r+"] = "r", *, manager: Manager | None = None
 ) -> numpy.ndarray[Any, Any]:
     """As `hwpoison.load`."""
-    import numpy  # noqa: PLC0415
+    from hwpoison.extents import header_of  # noqa: PLC0415
 
-    array: numpy.ndarray[Any, Any] = numpy.load(path, mmap_mode=mode, allow_pickle=False)
+    found = header_of(path)
+    memory = (manager or Manager()).open(path, mode)
+    array = memory.array(found.dtype, found.shape, offset=found.offset, order=found.order)
+    memory._kept_by_views()
     return array

@@ -107,6 +107,115 @@ def test_a_program_runs_where_there_is_no_userfaultfd() -> None:
     assert (done.returncode, done.stdout.splitlines()) == (0, PRINTED), done.stderr
 
 
+LIFETIMES = """
+import gc, os, pathlib, sys, warnings
+import numpy
+import hwpoison
+
+warnings.simplefilter("error")
+for wrong in ({"memory_limt": 1}, {"policy": "xx"}, {"io_limit": 0}, {"memory_limit": 1}, {"required": 1}):
+    try:
+        hwpoison.Manager(**{"required": False, **wrong})
+    except (TypeError, ValueError) as error:
+        print(type(error).__name__)
+with warnings.catch_warnings(record=True) as warned:
+    warnings.simplefilter("always")
+    manager = hwpoison.Manager(required=False)  # Here.
+print(os.path.basename(warned[0].filename), "Here." in pathlib.Path(__file__).read_text().splitlines()[warned[0].lineno - 1])
+
+def names(folder=manager.socket.removeprefix("plain:")):
+    return sorted(os.listdir(folder))
+
+def attach(name):
+    try:
+        return hwpoison.connect(manager.socket).attach(name)
+    except FileNotFoundError as error:
+        print(error)
+
+manager.allocate(8, "closed").close()
+attach("closed")
+forgotten = manager.allocate(8, "forgotten")
+array = forgotten.array()
+forgotten = None
+gc.collect()
+print(names())
+array = None
+print(names())
+first, other = manager.allocate(8, "two"), attach("two")
+first.write(0, b"abc")
+first.close()
+print(attach("two").read(0, 3))
+other.close()
+gc.collect()
+print(names())
+manager.allocate(8, "stays", persistent=True).close()
+print(attach("stays").nbytes)
+manager.unlink("stays")
+for call in (manager.unlink, attach):
+    try:
+        call("stays")
+    except FileNotFoundError as error:
+        print(error)
+numpy.save(sys.argv[1], numpy.arange(5.0))
+loaded = hwpoison.load(sys.argv[1], manager=manager)
+print(loaded.sum(), hwpoison.locate(loaded).nbytes)
+loaded = None
+kept = manager.allocate(8, "kept").array()
+try:
+    manager.close()
+except ResourceWarning as warning:
+    print(warning)
+try:
+    manager.allocate(8)
+except ConnectionError as error:
+    print(error)
+if __name__ == "__main__":
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        last = hwpoison.Manager(required=False)
+    last.allocate(8, "last")
+    if os.fork() == 0:
+        sys.exit()
+    os.wait()
+    print(os.path.isdir(last.socket.removeprefix("plain:")))
+    print(last.socket.removeprefix("plain:"))
+"""
+LIVED = [
+    "TypeError",
+    "ValueError",
+    "ValueError",
+    "ValueError",
+    "TypeError",
+    "program.py True",
+    "there is no object 'closed'",
+    "['forgotten.memory']",
+    "[]",
+    "b'abc'",
+    "[]",
+    "8",
+    "there is no persistent object 'stays'",
+    "there is no object 'stays'",
+    "10.0 40",
+    "still in use, kept by their views: kept",
+    "the manager was closed; open a new one with Manager() or connect()",
+    "True",
+]
+
+
+def test_what_nobody_has_any_more_is_gone_and_what_is_wrong_is_refused() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        program = Path(folder, "program.py")
+        program.write_text(LIFETIMES)
+        command = [sys.executable, without_userfaultfd.__file__, "--forbidden", sys.executable, str(program)]
+        done = subprocess.run(
+            [*command, f"{folder}/data.npy"], capture_output=True, text=True, timeout=60, check=False, cwd="/"
+        )
+    *printed, left = done.stdout.splitlines()
+    assert (done.returncode, printed) == (0, LIVED), done.stderr
+    assert not Path(left).exists()
+
+
 def test_it_is_the_real_one_where_that_can_be_had() -> None:
     with hwpoison.Manager(required=False) as manager:
         assert isinstance(manager, hwpoison.Manager)

@@ -8,12 +8,11 @@ from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import numpy
-import numpy.lib.format
 
 from hwpoison import plain
 from hwpoison.app.manager import SOCKET_VARIABLE, BaseManager, Manager, connect
 from hwpoison.app.memory import Memory, all_memories
-from hwpoison.extents import as_array, extent, reach
+from hwpoison.extents import as_array, extent, header_of, reach
 
 
 class Location(NamedTuple):
@@ -104,19 +103,8 @@ def load(
     `manager`: None is that at $HWPOISON_SOCKET, or else a private one, which all calls share. Raises ValueError if it is no
     .npy file, or one of Python objects, and what `open` of a manager raises.
     """
-    with open(path, "rb") as file:
-        try:
-            version = numpy.lib.format.read_magic(file)
-            read = {(1, 0): numpy.lib.format.read_array_header_1_0, (2, 0): numpy.lib.format.read_array_header_2_0}
-            if version not in read:
-                raise ValueError(f"version {version} of the format is not known")
-            shape, fortran, dtype = read[version](file)
-        except ValueError as error:
-            raise ValueError(f"{os.fspath(path)!r} is no .npy file of numbers: {error}") from None
-        offset = file.tell()
-    if dtype.hasobject:
-        raise ValueError(f"{os.fspath(path)!r} has Python objects in it, which managed memory can't hold")
+    found = header_of(path)
     memory = (manager or _default_manager()).open(path, mode)
-    array = memory.array(dtype, shape, offset=offset, order="F" if fortran else "C")
+    array = memory.array(found.dtype, found.shape, offset=found.offset, order=found.order)
     memory._kept_by_views()
     return array

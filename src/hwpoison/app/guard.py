@@ -7,8 +7,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from hwpoison.app.efault import lost_by
-from hwpoison.app.view import GuardedView, Mark, Visit, array_over
+from hwpoison.app.view import GuardedView, Mark, Visit
 from hwpoison.errors import PoisonError, Range
+from hwpoison.extents import array_over
 
 if TYPE_CHECKING:
     import numpy

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import errno
 import fcntl
-import math
 import os
 import socket
 import subprocess
@@ -26,10 +25,10 @@ from hwpoison.app import (
     fork,  # noqa: F401  (from now on a forked child has everything again)
     guard,  # noqa: F401  (a thread that imports holds a lock that would stay locked in a child which another thread forks)
 )
-from hwpoison.app.checking import not_negative, text, true_or_false, whole
 from hwpoison.app.connection import Channel, Connection, Descriptor, NoWelcomeError
 from hwpoison.app.memory import Memory
 from hwpoison.app.notices import Notices, NoticeStream
+from hwpoison.checking import memory_limit_of, name_of, not_negative, seconds_of, stack_level, text, true_or_false, whole
 from hwpoison.core.records import Capabilities, Failure, Policy, Report, Source
 from hwpoison.errors import UnsupportedError
 from hwpoison.linux.files import checked_file
@@ -44,10 +43,6 @@ Socket = socket.socket
 START_ATTEMPTS = 3
 CONNECT_ATTEMPTS = 10
 """A manager may die with a client that it has just accepted; so many in a row do not."""
-MEMORY_LIMIT_MAX = (1 << 63) - 1
-"""Bytes: the most that can be said in a message."""
-NAME = "an object's name, as objects() shows it,"
-"""In what is said of a name that can't be one."""
 
 
 _managers: weakref.WeakSet[BaseManager] = weakref.WeakSet()
@@ -88,7 +83,7 @@ class BaseManager:
             populate = true_or_false("populate", populate)
         if true_or_false("persistent", persistent) and name is None:
             raise ValueError("persistent memory needs a name, by which it can be attached again: pass name=")
-        memory = self._memory(protocol.Allocate(whole("nbytes", nbytes), _checked_name(name), persistent=persistent))
+        memory = self._memory(protocol.Allocate(whole("nbytes", nbytes), name_of(name), persistent=persistent))
         if self.connection.user_mode if populate is None else populate:
             try:
                 memory.prefetch()
@@ -101,7 +96,7 @@ class BaseManager:
         """A persistent object ends when nobody has it open any more, or at once. Raises FileNotFoundError."""
         life = self.connection.life
         try:
-            self.connection.request(protocol.Unlink(_checked_name(name) or ""), protocol.Done)
+            self.connection.request(protocol.Unlink(name_of(name) or ""), protocol.Done)
         except FileNotFoundError:
             # If a manager has died meanwhile, it had done it.
             if self.connection.life == life:
@@ -131,7 +126,7 @@ class BaseManager:
         try:
             checked_file(fd, os.fspath(path))
             message = protocol.Open(
-                _checked_name(name) or os.fsencode(os.path.abspath(path)).decode("utf-8", "backslashreplace"),
+                name_of(name) or os.fsencode(os.path.abspath(path)).decode("utf-8", "backslashreplace"),
                 whole("offset", offset),
                 None if nbytes is None else whole("nbytes", nbytes),
                 mode == "r+",
@@ -142,7 +137,7 @@ class BaseManager:
 
     def attach(self, name: str) -> Memory:
         """An object that this or another process has made. Raises FileNotFoundError."""
-        return self._memory(protocol.Attach(_checked_name(name) or ""))
+        return self._memory(protocol.Attach(name_of(name) or ""))
 
     def _attach_object(self, name: str, number: int) -> Memory:
         """As `attach`, if it is still that object. For `pickle`."""
@@ -257,7 +252,7 @@ class BaseManager:
 
     def _name(self, memory: str | Memory) -> str:
         if isinstance(memory, str):
-            return text(NAME, memory)
+            return name_of(memory) or ""
         if not isinstance(memory, Memory):
             raise TypeError(f"a memory, or the name of an object as a str, not {type(memory).__name__}")
         if memory.closed:
@@ -336,7 +331,7 @@ class BaseManager:
                 errors.append((memory.name, error))
         kept |= dict.fromkeys(self.connection.mapped())
         if kept:
-            warnings.warn(f"still in use, kept by their views: {', '.join(kept)}", ResourceWarning, stacklevel=3)
+            warnings.warn(f"still in use, kept by their views: {', '.join(kept)}", ResourceWarning, stacklevel=stack_level())
             if self.connection.when_unmapped is None:
                 atexit.register(self.connection.abandon)
                 self.connection.when_unmapped = self._end_if_unused
@@ -368,12 +363,6 @@ class BaseManager:
         self.close()
 
 
-def _checked_name(name: str | None) -> str | None:
-    if name is not None and not isinstance(name, str):
-        raise TypeError(f"an object's name is a str, not {type(name).__name__}")
-    return None if name is None else text(NAME, name)
-
-
 class Manager(BaseManager):
     """A private manager process, for this process and those that it tells `socket`.
 
@@ -386,12 +375,12 @@ class Manager(BaseManager):
     the same interface and without recovery (`capabilities` says so).
     """
 
-    def __new__(cls, *, required: bool = True, **_: Any) -> Self:
+    def __new__(cls, *, required: bool = True, **options: Any) -> Self:
         if not true_or_false("required", required):
             try:
                 os.close(open_userfaultfd().fd)
             except UnsupportedError as error:
-                return plain.Manager(required=False, why=str(error.strerror))  # type: ignore[return-value]
+                return plain.unmanaged(str(error.strerror), **options)  # type: ignore[return-value]
         return super().__new__(cls)
 
     def __init__(
@@ -404,17 +393,12 @@ class Manager(BaseManager):
         io_limit: float = 30.0,
         without: Feature = NO_FEATURE,
     ) -> None:
-        if memory_limit is not None and not PAGE_SIZE <= whole("memory_limit", memory_limit) <= MEMORY_LIMIT_MAX:
-            raise ValueError(
-                f"memory_limit is in bytes, from one page ({PAGE_SIZE}) to {MEMORY_LIMIT_MAX}, and not {memory_limit}"
-            )
+        memory_limit = memory_limit_of(memory_limit, PAGE_SIZE)
         if offline_foreign and os.geteuid():
             raise PermissionError("offline_foreign needs root: the kernel's hard offline does")
         # Where it can't be had, nothing is started.
         os.close(open_userfaultfd().fd)
-        if isinstance(io_limit, bool) or not isinstance(io_limit, (int, float)) or not 0 < io_limit < math.inf:
-            raise ValueError(f"io_limit is a number of seconds above 0, and not {io_limit!r}")
-        arguments = ["--policy", Policy(policy), "--io-limit", str(float(io_limit))]
+        arguments = ["--policy", Policy(policy), "--io-limit", str(seconds_of("io_limit", io_limit))]
         if memory_limit is not None:
             arguments += ["--memory-limit", str(memory_limit)]
         if offline_foreign:

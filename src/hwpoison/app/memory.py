@@ -16,14 +16,15 @@ import numpy
 import numpy.typing
 
 from hwpoison import protocol
-from hwpoison.app.checking import as_bytes, true_or_false, whole
 from hwpoison.app.connection import Channel, Descriptor, Reply
 from hwpoison.app.mapping import map_object, register
 from hwpoison.app.notices import Handle, Notice, NoticeStream, policy_of
-from hwpoison.app.view import GuardedView, Visit, array_over, memory_of
+from hwpoison.app.view import GuardedView, Visit, memory_of
+from hwpoison.checking import as_bytes, range_of, true_or_false
 from hwpoison.core.machine import Content
 from hwpoison.core.records import Policy
 from hwpoison.errors import PoisonError, Range
+from hwpoison.extents import array_over
 from hwpoison.linux import syscalls
 from hwpoison.linux.syscalls import PAGE_SIZE
 
@@ -438,10 +439,4 @@ class Memory:
     def _checked_range(self, offset: int, nbytes: int | None) -> tuple[int, int]:
         """As whole numbers; `nbytes` None is all the rest."""
         self._check_open()
-        offset = whole("offset", offset)
-        nbytes = self.nbytes - offset if nbytes is None else whole("nbytes", nbytes)
-        if offset < 0 or nbytes < 0 or offset + nbytes > self.nbytes:
-            raise ValueError(
-                f"bytes {offset} to {offset + nbytes} are not within {self.name!r}, which ends at {self.nbytes}"
-            )
-        return offset, nbytes
+        return range_of(self.name, self.nbytes, offset, nbytes)

@@ -18,13 +18,9 @@ import weakref
 from _thread import allocate_lock, get_ident
 from heapq import heappushpop
 from operator import setitem
-from typing import Any, Literal
-
-import numpy
-import numpy.typing
+from typing import Any
 
 from hwpoison import protocol
-from hwpoison.app.checking import shape_of, whole
 from hwpoison.app.connection import Connection
 from hwpoison.app.mapping import Mapped
 from hwpoison.errors import Range
@@ -272,36 +268,3 @@ def memory_of(mapping: mmap.mmap, name: str) -> memoryview:
         return memoryview(mapping)
     except ValueError:
         raise ValueError(f"memory {name!r} is closed") from None
-
-
-def array_over(
-    buffer: memoryview,
-    dtype: numpy.typing.DTypeLike,
-    shape: int | tuple[int, ...] | None,
-    offset: int,
-    order: Literal["C", "F"],
-) -> numpy.ndarray[Any, Any]:
-    """A numpy array over a buffer, with the arguments that `numpy.memmap` has."""
-    item = numpy.dtype(dtype)
-    if item.hasobject:
-        raise ValueError(f"{item} holds Python objects; managed memory holds bytes: choose another dtype")
-    if not item.itemsize:
-        raise ValueError(f"{item!r} has items of 0 bytes; choose another dtype")
-    offset = whole("offset", offset)
-    if offset > len(buffer):
-        raise ValueError(f"offset {offset} is not within the {len(buffer)} bytes")
-    if offset < 0:
-        raise ValueError(f"offset {offset}: must be 0 or more")
-    if shape is not None:
-        shape = shape_of(shape)
-    else:
-        if (len(buffer) - offset) % item.itemsize:
-            raise ValueError(f"{len(buffer) - offset} bytes from offset {offset} are no whole number of {item}; pass shape=")
-        shape = ((len(buffer) - offset) // item.itemsize,)
-    try:
-        # Of a memoryview, numpy would keep only the mapping behind it, which could be closed under the array then.
-        return numpy.ndarray(shape, item, numpy.frombuffer(buffer, "u1"), offset, order=order)
-    except TypeError as error:
-        raise ValueError(
-            f"shape {shape} of {item} at offset {offset} needs more than the {len(buffer)} bytes: {error}"
-        ) from None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import operator
+import sys
 from collections.abc import Iterable
 from typing import SupportsIndex
 
 import numpy
 
-from hwpoison.core.machine import Content
+MEMORY_LIMIT_MAX = (1 << 63) - 1
+"""Bytes: the most that can be said in a message."""
 
 
 def whole(what: str, number: SupportsIndex) -> int:
@@ -52,7 +55,14 @@ def text(what: str, value: str) -> str:
     return value
 
 
-def as_bytes(data: Content) -> memoryview:
+def name_of(value: str | None) -> str | None:
+    """An object's name, or None for what has none. Raises TypeError, ValueError."""
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"an object's name is a str, not {type(value).__name__}")
+    return None if value is None else text("an object's name, as objects() shows it,", value)
+
+
+def as_bytes(data: bytes | bytearray | memoryview) -> memoryview:
     """The bytes of any buffer, one after the other. Raises TypeError for what is none, ValueError for one with gaps."""
     view = memoryview(data)
     if not view.nbytes:
@@ -60,3 +70,40 @@ def as_bytes(data: Content) -> memoryview:
     if not view.c_contiguous:
         raise ValueError("the data is not contiguous in C order; of an array, pass numpy.ascontiguousarray(it)")
     return view.cast("B")
+
+
+def range_of(name: str, size: int, offset: SupportsIndex, nbytes: SupportsIndex | None) -> tuple[int, int]:
+    """`offset` and `nbytes` within memory of that name and size, as whole numbers; `nbytes` None is all the rest.
+
+    Raises TypeError, ValueError.
+    """
+    first = whole("offset", offset)
+    length = size - first if nbytes is None else whole("nbytes", nbytes)
+    if first < 0 or length < 0 or first + length > size:
+        raise ValueError(f"bytes {first} to {first + length} are not within {name!r}, which ends at {size}")
+    return first, length
+
+
+def memory_limit_of(value: SupportsIndex | None, page_size: int) -> int | None:
+    """A memory limit in bytes. Raises TypeError, ValueError."""
+    if value is None:
+        return None
+    limit = whole("memory_limit", value)
+    if not page_size <= limit <= MEMORY_LIMIT_MAX:
+        raise ValueError(f"memory_limit is in bytes, from one page ({page_size}) to {MEMORY_LIMIT_MAX}, and not {limit}")
+    return limit
+
+
+def seconds_of(what: str, value: object) -> float:
+    """A time limit. Raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{what} is a number of seconds above 0, and not {value!r}")
+    return float(value)
+
+
+def stack_level() -> int:
+    """For `warnings.warn`, where this is called: the line outside of hwpoison that has led there."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "hwpoison":
+        frame, level = frame.f_back, level + 1
+    return level
