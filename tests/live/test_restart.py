@@ -107,10 +107,8 @@ def test_everything_is_as_it_was_and_nobody_reads_a_zero_that_was_not_there(
     assert bytes(table.buffer[2 * PAGE : 3 * PAGE]) == page("r")
 
 
-@pytest.mark.parametrize("number", [signal.SIGBUS, signal.SIGSEGV, signal.SIGABRT])
-def test_a_failure_of_the_managers_own_memory_is_one_more_way_to_die(
-    manager: hwpoison.Manager, number: signal.Signals
-) -> None:
+@pytest.mark.parametrize("number", [signal.SIGBUS, signal.SIGSEGV, signal.SIGABRT, signal.SIGRTMIN + 5])
+def test_a_failure_of_the_managers_own_memory_is_one_more_way_to_die(manager: hwpoison.Manager, number: int) -> None:
     table = manager.allocate(2 * PAGE, name="table")
     table.write(0, page("t"))
     dead = manager.pid
@@ -361,6 +359,94 @@ def test_a_keeper_that_dies_is_replaced_and_the_next_one_keeps_everything(root: 
     assert manager.statistics().quarantined == PAGE
     assert [(one.offset, one.nbytes) for one in table.lost()] == [(0, PAGE)]
     assert manager.pid != served
+
+
+def test_a_keeper_that_can_not_be_replaced_at_once_is_replaced_when_it_can_be() -> None:
+    code = """
+manager = hwpoison.Manager()
+table = manager.allocate(1 << 20, name="table")
+table.write(0, b"t")
+say(manager.pid)
+hear()
+try:
+    manager.restart()
+except OSError as error:
+    say(str(error))
+hear()
+say([manager.statistics().restarts, table.read(0, 1).decode(), table.buffer[1 << 19]])
+"""
+    with Child(code) as client:
+        pid = client.hear()
+        _, most = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, most))
+        kill(keeper_of(pid))
+        assert "the keeper has died, and there is no other one yet" in client.ask()
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (most, most))
+        wait_until(lambda: any("--adopt" in one for one in commands(pid)), "another keeper is there")
+        kill(pid)
+        assert client.ask() == [1, "t", 0]
+        assert client.wait() == 0
+        assert "no keeper can be started now" in client.errors
+        assert "there is a keeper again" in client.errors
+
+
+@pytest.mark.parametrize("who", ["private", "shared"])
+def test_that_whoever_starts_it_ignores_the_ends_of_its_children_makes_no_difference(who: str, tmp_path: Path) -> None:
+    code = """
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+if arguments[0] == "shared":
+    import subprocess
+    service = subprocess.Popen([sys.executable, "-m", "hwpoison", "serve", "--socket", arguments[1]], stderr=subprocess.PIPE)
+    service.stderr.readline()
+    manager = hwpoison.connect(arguments[1])
+else:
+    manager = hwpoison.Manager()
+table = manager.allocate(1 << 20, name="table")
+table.write(0, b"t")
+for number in range(2):
+    os.kill(manager.statistics().pid, signal.SIGKILL)
+    said = [manager.statistics().restarts, table.read(0, 1).decode(), table.buffer[1 << 19]]
+before = manager.pid
+said.append(manager.restart() != before)
+say([*said, table.read(0, 1).decode()])
+table.close()
+manager.close()
+if arguments[0] == "shared":
+    service.terminate()
+    service.stderr.read()
+"""
+    with Child(code, who, str(tmp_path / "socket")) as client:
+        assert client.hear() == [2, "t", 0, True, "t"]
+        assert client.wait() == 0, client.errors
+
+
+@pytest.mark.parametrize("damage", ["the middle", "the head"])
+def test_a_journal_that_is_damaged_is_not_believed(damage: str, tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with serving(path) as server, Child(ATTACHED + "memory.buffer[0]", str(path)) as client:
+        client.hear()
+        pid = manager_of(server.pid)
+        stop(pid)
+        with open(open_of(server.pid, "hwpoison-journal"), "r+b") as file:
+            file.seek(0 if damage == "the head" else 40)
+            file.write(b"\x55")
+        os.kill(pid, signal.SIGKILL)
+        client.tell()
+        # Whom it names nobody can know, so nobody is told by SIGBUS.
+        assert client.wait() == -signal.SIGKILL
+        assert server.wait(SECONDS_MAX) == 1
+        assert server.stderr is not None
+        said = server.stderr.read().decode()
+        assert ("is no journal" if damage == "the head" else "is damaged") in said
+        assert "no manager can take over: processes that map its memory are ended by SIGKILL" in said
+
+
+def open_of(pid: int, name: str) -> str:
+    """The way to a descriptor of a process."""
+    for one in os.listdir(f"/proc/{pid}/fd"):
+        if name in os.readlink(f"/proc/{pid}/fd/{one}"):
+            return f"/proc/{pid}/fd/{one}"
+    raise AssertionError(f"process {pid} has no {name} open")
 
 
 def test_a_keeper_that_was_stopped_is_continued_before_it_misses_anything(manager: hwpoison.Manager) -> None:

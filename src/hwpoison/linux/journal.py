@@ -1,7 +1,9 @@
 """`hwpoison.core.machine.Records` on Linux: a memfd that the keeper holds too.
 
-A record is a length, a checksum and a list of keys, each with a new value or none (msgpack). What was cut off by a death
-while it was written ends the file. When most of it is old, what counts is written to another memfd, which takes its place.
+A record is a length, twice, a checksum, a list of keys, each with a new value or none (msgpack), and a byte that is no
+zero. What was cut off by a death while it was written ends the file: behind it there are zeros. Anything else that is not
+as it was written is damage, as memory fails, and nothing of such a journal is believed. When most of it is old, what counts
+is written to another memfd, which takes its place.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import msgspec
 from hwpoison.core.machine import Key
 from hwpoison.linux.kept import Alone, Keeping
 
-FORMAT = 3
+FORMAT = 4
 """Of what is written, by whatever part of the manager: a manager takes over only from those that write this one."""
 LABEL = "journal"
 RESERVE_BYTES = 1 << 18
@@ -29,13 +31,18 @@ OLD_BYTES_MIN = 1 << 16
 """Less than this is not worth being written anew."""
 _head = struct.Struct("<8sQ")
 _MAGIC = b"hwpoison"
-_frame = struct.Struct("<II")
+_frame = struct.Struct("<III")
+_ALL = 0xFFFFFFFF
+_END = b"\xff"
 
 log = logging.getLogger("hwpoison")
 
 
+DAMAGED = "the journal of the manager before this one is damaged, so what it says of losses can't be believed"
+
+
 class JournalError(OSError):
-    """It is none that this version can read."""
+    """It is none that this version can read, or damaged."""
 
 
 class LinuxRecords:
@@ -100,7 +107,7 @@ class LinuxRecords:
     def _append(self, said: list[Any]) -> None:
         content = self._encode(said)
         try:
-            self._write(_frame.pack(len(content), zlib.crc32(content)) + content)
+            self._write(_record(content))
         except OSError as error:
             self._break(error)
             return
@@ -129,7 +136,7 @@ class LinuxRecords:
         self._end = self._room = 0
         try:
             content = self._encode([[key, value] for key, value in self._values.items()])
-            self._write(_head.pack(_MAGIC, FORMAT) + _frame.pack(len(content), zlib.crc32(content)) + content)
+            self._write(_head.pack(_MAGIC, FORMAT) + _record(content))
         except OSError:
             os.close(self._fd)
             self._fd, (self._end, self._room) = old, before
@@ -147,6 +154,10 @@ class LinuxRecords:
             log.error("the manager's journal can't be written (%s): if the manager dies, its clients end", error.strerror)
 
 
+def _record(content: bytes) -> bytes:
+    return _frame.pack(len(content), len(content) ^ _ALL, zlib.crc32(content)) + content + _END
+
+
 def read(fd: int) -> dict[Key, Any]:
     """The last value of each key. Raises `JournalError` for what is no journal of this format."""
     size = os.fstat(fd).st_size
@@ -161,15 +172,22 @@ def read(fd: int) -> dict[Key, Any]:
     values: dict[Key, Any] = {}
     at = _head.size
     while at + _frame.size <= len(data):
-        length, checksum = _frame.unpack_from(data, at)
-        content = data[at + _frame.size : at + _frame.size + length]
-        # Zeros were never written, and what does not fit its checksum not as a whole.
-        if not length or len(content) < length or zlib.crc32(content) != checksum:
+        length, inverted, checksum = _frame.unpack_from(data, at)
+        at += _frame.size
+        if length ^ inverted != _ALL:
             break
+        content, end = data[at : at + length], data[at + length : at + length + 1]
+        if end in (b"", b"\0"):
+            at += length
+            break
+        if end != _END or zlib.crc32(content) != checksum:
+            raise JournalError(errno.EIO, DAMAGED)
         for key, *value in msgspec.msgpack.decode(content):
             if value:
                 values[tuple(key)] = value[0]
             else:
                 values.pop(tuple(key), None)
-        at += _frame.size + length
+        at += length + 1
+    if data[at:].strip(b"\0"):
+        raise JournalError(errno.EIO, DAMAGED)
     return values

@@ -107,6 +107,9 @@ def _keep(options: Options, held: keeper.Held, first: socket.socket | None = Non
     return status
 
 
+_COMMAND = [sys.executable, "-P", "-m", "hwpoison.service.daemon"]
+
+
 def _become_keeper() -> None:
     syscalls.name_process("hwpoison-keeper")
     # A client costs about six descriptors, and a shell allows 1,024: take what the administrator allows.
@@ -124,8 +127,7 @@ def _resume(options: Options, held: keeper.Held, life: int, told: list[int]) -> 
     try:
         with os.fdopen(state, "wb", closefd=False) as file:
             file.write(json.dumps({"held": held, "life": life, "told": told}).encode())
-        command = [sys.executable, "-P", "-m", "hwpoison.service.daemon", "--resume", str(state), *options.arguments()]
-        os.execv(sys.executable, command)
+        os.execv(sys.executable, [*_COMMAND, "--resume", str(state), *options.arguments()])
     except BaseException:
         os.close(state)
         for fd in held.values():
@@ -238,6 +240,7 @@ async def _serve(
         life=life,
         keeper=held_by,
         new_keeper=partial(_new_keeper, options, life),
+        check=[*_COMMAND, "--reads-journal", str(FORMAT), *options.arguments()],
         events=log,
         private=private,
         leave=(lambda: None) if private or address.startswith("@") else partial(_unlink, address),
@@ -267,17 +270,23 @@ async def _serve(
 
 
 def _new_keeper(options: Options, life: int) -> tuple[socket.socket, int]:
-    """Another one, as the last one has died: this process's end of the way to it, and its process id."""
+    """Another one, as the last one has died: this process's end of the way to it, and its process id. Raises
+    OSError."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    own = os.pidfd_open(os.getpid())
-    command = [sys.executable, "-P", "-m", "hwpoison.service.daemon", "--adopt", str(theirs.fileno()), str(own)]
-    command += ["--life", str(life)]
-    with theirs:
+    given = [theirs.fileno()]
+    try:
+        given.append(os.pidfd_open(os.getpid()))
+        command = [*_COMMAND, "--adopt", *map(str, given), "--life", str(life), *options.arguments()]
         process = subprocess.Popen(
-            [*command, *options.arguments()],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno(), own], start_new_session=True,
-        )  # fmt: skip
-    os.close(own)
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=given, start_new_session=True
+        )
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+        for own in given[1:]:
+            os.close(own)
     # It is nobody's to wait for: it outlives this process.
     process.returncode = 0
     return ours, process.pid

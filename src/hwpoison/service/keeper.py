@@ -104,6 +104,13 @@ class Keeper:
         self.ready()
 
     @property
+    def lives(self) -> bool:
+        """False if it has died, and was not replaced yet."""
+        poll = select.poll()
+        poll.register(self.channel, 0)
+        return not poll.poll(0)
+
+    @property
     def behind(self) -> bool:
         """True if there is something that it has not taken yet: `go_on` when its channel can be written to."""
         return bool(self._waiting)
@@ -202,6 +209,8 @@ class _Process:
         """Signals for the next manager: one that is not ready yet would die of them."""
         self._passed: list[int] = []
         """Those that the manager was sent, and since which it has said nothing: it may be dying, and not have seen them."""
+        # Whoever has started this may have ignored it, which is inherited; then nobody could be waited for.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for number in SIGNALS:
             signal.signal(number, self._pass_on)
         # Those that have come while the program was executed anew.
@@ -215,6 +224,9 @@ class _Process:
                 f"the manager is dead, but a thread of it has waited for a file system for {GIVE_UP_SECONDS:.0f} s, so that "
                 "no other one can be started"
             )
+        except Exception as error:  # noqa: BLE001  (clients must not be ended without a word)
+            traceback.print_exc()
+            return self._give_up(f"the keeper has failed: {error!r}")
 
     def _run(self) -> int:
         if self._life and self._channel is None and not self._succeed(time.monotonic()):
@@ -230,7 +242,7 @@ class _Process:
                 return 0  # It has said that all is well.
             if self._over or (self._life == 1 and not self._ready):
                 # It may have been told to end at once.
-                self._end_clients()
+                self._end_clients(self._who_maps() or [])
                 return status if status is not None and status >= 0 else 1
             died = time.monotonic()
             if self._renew:
@@ -253,20 +265,25 @@ class _Process:
         if self._hopeless:
             why = "no manager can take over"
         why = why or f"the manager has died, and no other one could be started within {GIVE_UP_SECONDS:.0f} s"
-        say(f"hwpoison: {why}: processes that map its memory are ended by SIGBUS")
-        self._end_clients()
+        mapping = self._who_maps()
+        say(f"hwpoison: {why}: processes that map its memory are ended by {'SIGKILL' if mapping is None else 'SIGBUS'}")
+        self._end_clients(mapping or [])
         return 1
 
-    def _end_clients(self) -> None:
-        """By SIGBUS, who still maps memory; by SIGKILL, whom that does not end, as he sleeps in a system call or handles it.
-        Whoever can't be told here, the lifeline ends, when this process has ended."""
+    def _who_maps(self) -> list[int] | None:
+        """The pidfds of processes that still map memory; None if the journal can't be read."""
         try:
             records = journal.read(self._held[journal.LABEL])
         except (LookupError, OSError):
-            return
+            return None
+        numbers = {value[0]: None for key, value in records.items() if key[0] == "mapping"}
+        return [self._held.get(f"{PROCESS}:{number}", -1) for number in numbers]
+
+    def _end_clients(self, mapping: list[int]) -> None:
+        """By SIGBUS; by SIGKILL, whom that does not end, as he sleeps in a system call or handles it. Whoever can't be told
+        here, the lifeline ends, when this process has ended."""
         told = []
-        for number in {value[0]: None for key, value in records.items() if key[0] == "mapping"}:
-            pidfd = self._held.get(f"{PROCESS}:{number}", -1)
+        for pidfd in mapping:
             with suppress(OSError):
                 signal.pidfd_send_signal(pidfd, signal.SIGBUS)
                 told.append(pidfd)
@@ -471,4 +488,10 @@ def _close(fd: int) -> None:
 def _how(status: int | None) -> str:
     if status is None:
         return "in a way that is not known"
-    return f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
+    if status >= 0:
+        return f"with status {status}"
+    try:
+        return f"by {signal.Signals(-status).name}"
+    except ValueError:
+        # Of signals for real time only two have names.
+        return f"by signal {-status}"

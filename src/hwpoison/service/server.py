@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import struct
-import sys
 from collections.abc import Callable, Collection, Coroutine, Iterable
 from contextlib import suppress
 from functools import partial
@@ -26,7 +25,6 @@ from hwpoison.core.records import Event, Failure, Notice, Policy, kernel_line
 from hwpoison.core.takeover import take_over
 from hwpoison.linux.descriptors import Descriptors
 from hwpoison.linux.inheritance import LinuxInheritance
-from hwpoison.linux.journal import FORMAT
 from hwpoison.linux.machine import LinuxMachine
 from hwpoison.linux.standard import say
 from hwpoison.service.eventlog import EventLog
@@ -56,6 +54,7 @@ class Server:
         life: int,
         keeper: Keeper,
         new_keeper: Callable[[], tuple[socket.socket, int]],
+        check: list[str],
         events: EventLog,
         private: bool,
         leave: Callable[[], None],
@@ -76,8 +75,10 @@ class Server:
         )
         self._keeper = keeper
         self._new_keeper = new_keeper
+        self._check = check
+        """The command that says whether what is installed now can take over."""
         self.keeper = os.getppid()
-        """Its process id."""
+        """Its process id; 0 while there is none."""
         self.descriptors = Descriptors()
         self._listener = listener
         self._events = events
@@ -171,14 +172,30 @@ class Server:
         if self.stop.is_set() and (self.over.is_set() or self._private):
             return
         say(f"hwpoison: the keeper has died; manager {os.getpid()} starts another one")
-        channel, self.keeper = self._new_keeper()
+        if not self._private:
+            # It was the process that was started to serve: who has ended it, or waits for it, must not find this one here.
+            self.told_to_end()
+        self.keeper = 0
+        self._replace_keeper()
+
+    def _replace_keeper(self, *, again: bool = False) -> None:
+        """As soon as the system gives what that needs."""
+        loop = asyncio.get_running_loop()
+        try:
+            with self.descriptors.one_more():
+                channel, self.keeper = self._new_keeper()
+        except (OSError, MemoryError) as error:
+            if not again:
+                without = "without one, this manager's death is that of who maps its memory"
+                say(f"hwpoison: no keeper can be started now: {error}; it is tried until one can be ({without})")
+            loop.call_later(PAUSE_SECONDS, partial(self._replace_keeper, again=True))
+            return
+        if again:
+            say(f"hwpoison: there is a keeper again, process {self.keeper}")
         self._keeper.replace(channel)
         # One that can't live must not be replaced again and again all the time.
         loop.call_later(PAUSE_SECONDS, self._watch_keeper)
         self._keep_up()
-        if not self._private:
-            # It was the process that was started to serve: who has ended it, or waits for it, must not find this one here.
-            self.told_to_end()
 
     def _keep_up(self) -> None:
         """Send the keeper what it has not taken yet."""
@@ -206,10 +223,13 @@ class Server:
         if stopped(self.keeper):
             why = f"the keeper, process {self.keeper}, is stopped, and could start nobody: kill -CONT {self.keeper} first"
             raise OSError(errno.EBUSY, why)
+        self._require_keeper()
         check = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", "hwpoison.service.daemon", "--reads-journal", str(FORMAT),
-            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
+            *self._check,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+        )
         _, said = await check.communicate()
         if check.returncode:
             why = said.decode(errors="replace").strip().rpartition("\n")[2]
@@ -220,10 +240,15 @@ class Server:
             raise OSError(errno.EBUSY, f"{why}, and the next manager could begin only after them: try again later")
         if self.stop.is_set():
             raise OSError(errno.EBUSY, "the manager was told to end meanwhile, or its last client has gone")
+        self._require_keeper()
         self.renewing = True
         self.stop.set()
         # The next one answers.
         await asyncio.get_running_loop().create_future()
+
+    def _require_keeper(self) -> None:
+        if not self._keeper.lives:
+            raise OSError(errno.EBUSY, "the keeper has died, and there is no other one yet: try again later")
 
     async def _nobody_maps(self) -> None:
         """Until the last process that maps memory is gone, for whom nobody else could serve a fault, or `over`."""
