@@ -462,7 +462,8 @@ class Manager:
         try:
             os.unlink(path + PERSISTENT)
         except FileNotFoundError:
-            raise FileNotFoundError(f"there is no persistent object {name!r}") from None
+            if not os.path.exists(path):
+                raise FileNotFoundError(f"there is no object {name!r}") from None
         _remove_if_unused(path)
 
     def inject(self, memory: str | Memory, offset: int, action_required: bool = False) -> Failure:

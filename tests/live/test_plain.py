@@ -193,7 +193,7 @@ LIVED = [
     "b'abc'",
     "[]",
     "8",
-    "there is no persistent object 'stays'",
+    "there is no object 'stays'",
     "there is no object 'stays'",
     "10.0 40",
     "still in use, kept by their views: kept",
