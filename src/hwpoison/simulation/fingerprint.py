@@ -143,7 +143,7 @@ class Fingerprint:
         return (
             written, hash(repr(records)), len(answers), tuple(transit), world.successors, world.taking_over, told,
             len(world.unanswered), self.canonical(world.manager.answers), len(world._to_begin),
-            hash(repr(world._left)) if world.dead else None,
+            hash(repr(world._left)) if world.dead else None, tuple(sorted(world.expectation.found_out)),
         )  # fmt: skip
 
     def _tasks(self) -> tuple[Any, ...]:
@@ -322,8 +322,8 @@ LOOKED_AT = {
     "Manager": ("_clients", "_objects", "answers", "lost_changes_of", "promises", "reclaim"),
     "Expectation": (
         "_calm", "_dirty", "_flushes", "_fresh", "_losses", "_may", "_reporting", "_reviving", "_told", "_told_of",
-        "_unsure", "_unsynced", "_untold", "_was", "collapsed", "elsewhere", "foreign", "frames_gone_bad", "history",
-        "named", "owed", "resident", "struck",
+        "_unsure", "_unsynced", "_untold", "_was", "collapsed", "elsewhere", "foreign", "found_out", "frames_gone_bad",
+        "history", "named", "owed", "resident", "struck",
     ),
     "Agent": ("area", "at", "guard", "mourned", "owns", "process", "request"),
 }  # fmt: skip

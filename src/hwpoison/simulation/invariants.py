@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from hwpoison.core.journal import AskedBy
 from hwpoison.core.locks import RangeLocks
 from hwpoison.core.mappings import Client, Mapping
 from hwpoison.core.objects import Loss
@@ -70,6 +71,8 @@ class Expectation:
         """Frames that somebody has said are bad, by their number."""
         self.collapsed = False
         """There was a large frame."""
+        self.found_out: dict[AskedBy, str] = {}
+        """What dead managers have found out and not said: the event, by who has asked."""
         self.elsewhere: set[int] = set()
         """Pages of which the file does not hold what it should: another object over it has lost that."""
         self._reviving: list[int] = [0] * count
@@ -276,8 +279,11 @@ class Expectation:
         if lost_it and failure.victims != owners:
             self.fail(f"The victims of a failure are the owners: {failure.victims} and not {owners}, page {page}.")
 
-    def answered(self, report: Report, failure: Failure) -> None:
+    def answered(self, asked_by: AskedBy, report: Report, failure: Failure) -> None:
         """Who has reported has the answer."""
+        found_out = self.found_out.pop(asked_by, "")
+        if found_out not in ("", failure.event_id):
+            self.fail(f"A report is handled once, whoever answers: it was {found_out}, and then {failure.event_id}.")
         if failure.already_poisoned and report.pid is not None and not set(failure.victims) <= {report.pid}:
             self.fail(f"Of a page that was bad before, he is the victim who has touched it: {failure.victims}.")
 

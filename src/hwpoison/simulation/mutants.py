@@ -398,6 +398,11 @@ MUTANTS = (
         "            mapping.wake(mapping.first, mapping.count)\n", "            pass\n",
     ),
     Mutant(
+        "what was found out is not said by the next manager", "Linux 31134651778 (counted twice)",
+        "a report is handled twice", TAKEOVER,
+        "    taking.answers()\n", "",
+    ),
+    Mutant(
         "what was on its way is clean to the next one", "linux-facts 29: a write may have written nothing",
         "changes are dropped that no file has", TAKEOVER,
         "DIRTY if flags & (DIRTY | WRITEBACK) else 0", "DIRTY if flags & DIRTY else 0",
@@ -530,6 +535,7 @@ _KNOWN_CELLS = {
     "the frame goes back": "read-only present: read 0, hardware 0",
     "one page of a large frame is named": "anonymous present present: report 0, collapse 1",
     "the next manager wakes nobody": "read-only absent: read 0 and the manager dies",
+    "what was found out is not said by the next manager": "anonymous present: report 0 and the manager dies",
     "what was on its way is clean to the next one": "writable dirty: write back 0 and the manager dies",
     "a loss is forgotten by the next manager": "anonymous lost: read 0 and the manager dies",
     "markers outlive the manager": "anonymous lost: repair 0 and the manager dies",

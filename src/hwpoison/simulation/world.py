@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
 
-from hwpoison.core.journal import AskedBy
+from hwpoison.core.journal import AskedBy, failure_of
 from hwpoison.core.locks import RangeLocks
 from hwpoison.core.machine import Key
 from hwpoison.core.manager import MemoryManager
@@ -282,7 +282,7 @@ class World:
             asked_by = (0, self._reports)
         self.unanswered[asked_by] = report
         failure = await self.manager.report(report, asked_by)
-        self.expectation.answered(report, failure)
+        self.expectation.answered(asked_by, report, failure)
         self.manager.answered(asked_by)
         if failure not in self.failures:
             # The manager has died between writing it down and saying it.
@@ -403,6 +403,9 @@ class World:
 
     async def _take_over(self, inheritance: SimulatedInheritance) -> None:
         before = self.object
+        for key, value in self.machine.records.all().items():
+            if key[0] == "answer":
+                self.expectation.found_out[key[1:]] = failure_of(value).event_id  # type: ignore[index]
         await take_over(self.manager, inheritance)
         if self.object is before:
             # It had ended. Who was about to do something with it did not live to see that.
