@@ -25,7 +25,17 @@ from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 from urllib.parse import quote
 
-from hwpoison.checking import as_bytes, memory_limit_of, name_of, range_of, seconds_of, stack_level, true_or_false, whole
+from hwpoison.checking import (
+    MEMORY_LIMIT_MAX,
+    as_bytes,
+    memory_limit_of,
+    name_of,
+    range_of,
+    seconds_of,
+    stack_level,
+    true_or_false,
+    whole,
+)
 from hwpoison.core.records import Capabilities, Failure, Policy
 from hwpoison.errors import Range, UnsupportedError
 from hwpoison.protocol import ObjectInfo, Statistics
@@ -47,6 +57,9 @@ OTHER_SYSTEM = f"memory is managed on Linux only, and this is {sys.platform}"
 Content = bytes | bytearray | memoryview
 PERSISTENT = ".persistent"
 """What stands beside the file of an object that stays without anybody who has it open."""
+
+WHY = "why"
+"""The file that says why memory is not managed."""
 
 _warned = False
 
@@ -71,6 +84,9 @@ def _lock(fd: int) -> None:
 def _let_go(fd: int, path: str, owner: int) -> None:
     """Of the file of an object that nobody has in this process any more."""
     if os.getpid() == owner:
+        if fcntl is not None:
+            # Of the mapping too, which has a copy: when the interpreter ends it is still there.
+            fcntl.flock(fd, fcntl.LOCK_UN)
         os.close(fd)
         _remove_if_unused(path)
 
@@ -333,7 +349,8 @@ class Memory:
 
     def __reduce__(self) -> tuple[Callable[..., Memory], tuple[Any, ...]]:
         self._check_open()
-        return _opened_again, (self._manager.socket, *self._opened)
+        path, _, kind, *_ = self._opened
+        return _opened_again, (self._manager.socket, os.stat(path).st_ino if kind == "anonymous" else 0, *self._opened)
 
     def _check_open(self) -> None:
         if self.closed:
@@ -345,8 +362,11 @@ class Memory:
         return slice(offset, offset + nbytes)
 
 
-def _opened_again(socket_name: str, *opened: Any) -> Memory:
-    return connect(socket_name)._memory(*opened)
+def _opened_again(socket_name: str, inode: int, path: str, name: str, *opened: Any) -> Memory:
+    manager = connect(socket_name)
+    if inode and (not os.path.exists(path) or os.stat(path).st_ino != inode):
+        raise FileNotFoundError(f"memory {name!r} is no more")
+    return manager._memory(path, name, *opened)
 
 
 class Manager:
@@ -376,6 +396,7 @@ class Manager:
         if folder is None:
             _warn(why)
             folder = tempfile.mkdtemp(prefix="hwpoison-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+            Path(folder, WHY).write_text(why)
             self._end = weakref.finalize(self, _remove_folder, folder, os.getpid())
         self._folder = folder
         self._open: weakref.WeakValueDictionary[int, Memory] = weakref.WeakValueDictionary()
@@ -410,21 +431,35 @@ class Manager:
             true_or_false("populate", populate)
         if true_or_false("persistent", persistent) and name is None:
             raise ValueError("persistent memory needs a name, by which it can be attached again: pass name=")
-        if name is None:
-            names = map("anonymous-{}".format, count(1))
-            name = next(one for one in names if not os.path.exists(self._path(one)))
-        path = self._path(name)
-        try:
-            with open(path, "xb") as file:
+        if nbytes > MEMORY_LIMIT_MAX:
+            raise ValueError(f"{nbytes} bytes: an object has at most {MEMORY_LIMIT_MAX}")
+        for one in map("anonymous-{}".format, count(1)) if name is None else (name, name):
+            path = self._path(one)
+            # Of a process that was killed, perhaps.
+            _remove_if_unused(path)
+            with suppress(FileExistsError):
+                return self._made(path, one, nbytes, persistent=persistent)
+        raise FileExistsError(f"the name {name!r} is taken by another object; pass another name=, or attach({name!r})")
+
+    def _made(self, path: str, name: str, nbytes: int, *, persistent: bool) -> Memory:
+        with open(path, "xb") as file:
+            try:
                 _lock(file.fileno())
+            except FileNotFoundError:
+                # Who has found it unlocked has taken it away.
+                raise FileExistsError from None
+            try:
                 file.truncate(nbytes)
                 if persistent:
                     Path(path + PERSISTENT).touch()
                 return self._memory(path, name, "anonymous", "r+", 0, nbytes)
-        except FileExistsError:
-            raise FileExistsError(
-                f"the name {name!r} is taken by another object; pass another name=, or attach({name!r})"
-            ) from None
+            except BaseException as error:
+                for one in (path, path + PERSISTENT):
+                    with suppress(OSError):
+                        os.unlink(one)
+                if isinstance(error, OSError) and error.errno in (errno.ENOMEM, errno.EFBIG, errno.ENOSPC):
+                    raise MemoryError(f"{nbytes} bytes do not fit: {error.strerror}") from None
+                raise
 
     def attach(self, name: str) -> Memory:
         for one in list(self._open.values()):
@@ -542,7 +577,8 @@ def connect(socket: str | os.PathLike[str] | None = None, *, maps: bool = True) 
     if not name.startswith(PREFIX) or not os.path.isdir(name.removeprefix(PREFIX)):
         raise ConnectionError(f"no manager answers at {name or 'no socket'}: {OTHER_SYSTEM}")
     manager = Manager.__new__(Manager)
-    manager._begin(OTHER_SYSTEM, Policy.LATE, name.removeprefix(PREFIX))
+    folder = name.removeprefix(PREFIX)
+    manager._begin(Path(folder, WHY).read_text(), Policy.LATE, folder)
     return manager
 
 

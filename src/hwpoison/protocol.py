@@ -300,6 +300,7 @@ class Mapped(Message):
 class Flushed(Message):
     """`errors` counts those that the client is to be told of. `failed`, if there are some that it has not been told of, or
     if this very flush could not write everything (`unwritten`): then nothing is lost by it, and the next one tries again.
+    Either is told as often as it is asked with the count from before.
     """
 
     errors: int

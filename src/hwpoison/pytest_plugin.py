@@ -167,15 +167,15 @@ def _place(target: Any, index: int | tuple[int, ...]) -> tuple[Memory, int]:
     from hwpoison import Memory, locate
 
     if isinstance(target, Memory):
-        if not isinstance(index, int) or not 0 <= index < target.nbytes:
+        if not isinstance(index, (int, numpy.integer)) or not 0 <= index < target.nbytes:
             raise IndexError(f"{index} is not the offset of a byte of {target.name!r}, which has {target.nbytes}")
-        return target, index
+        return target, int(index)
     array = numpy.asarray(target)
-    item = array[index]
-    if isinstance(item, numpy.generic):
-        # A view of the one item, not a copy.
-        item = array[tuple(slice(one, one + 1 or None) for one in numpy.atleast_1d(index))]
-    memory, offset, _ = locate(item)
+    wanted = index if isinstance(index, tuple) else (index,)
+    if len(wanted) > array.ndim or any(not -size <= one < size for one, size in zip(wanted, array.shape, strict=False)):
+        raise IndexError(f"{index} is no index of an array of shape {array.shape}")
+    # A view, and not the item itself: that may be lost.
+    memory, offset, _ = locate(array[tuple(slice(one, one + 1 or None) for one in wanted)])
     return memory, offset
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -131,6 +132,22 @@ def test_a_request_that_ends_after_the_close_leaves_no_descriptor() -> None:
     manager.close()
     manager.connection.give_back(channel)
     assert sockets() == before
+
+
+def test_an_error_of_a_flush_is_heard_where_warnings_are_errors(file: Callable[..., Path]) -> None:
+    manager = hwpoison.Manager()
+    memory = manager.open(file(2 * PAGE_SIZE), "r+")
+    view = memory.buffer
+    view[0] = 1
+    manager.inject(memory, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(OSError, match="were lost") as caught:
+            manager.close()
+    assert isinstance(caught.value.__context__, ResourceWarning)
+    memory.discard()
+    view.release()
+    memory.close()
 
 
 def test_the_error_of_the_first_memory_that_a_manager_closes_names_those_of_others(file: Callable[..., Path]) -> None:

@@ -6,16 +6,20 @@ import asyncio
 import os
 import selectors
 import signal
+import sys
+import tempfile
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import hwpoison
 from hwpoison import Policy
 from hwpoison.linux.syscalls import PAGE_SIZE
-from tests.live.process import Child
+from tests.live.process import Child, kill, kill_service, serving
 from tests.live.signals import BUS_MCEERR_AO, end_tracing, next_bus_error, seize
+from tests.support import wait_until
 
 pytestmark = pytest.mark.live
 
@@ -169,6 +173,129 @@ def test_early_is_the_signal_that_the_kernel_would_send(how: str, manager: hwpoi
         end_tracing(thread)
         assert child.wait() == -signal.SIGBUS
     assert os.getpid() in manager.inject(table, 4 * PAGE).victims
+
+
+def test_early_is_that_signal_in_a_forked_child_too(manager: hwpoison.Manager, table: hwpoison.Memory) -> None:
+    code = """
+manager = hwpoison.connect(arguments[0])
+memory = manager.attach("table")
+hwpoison.set_policy("early")
+child = os.fork()
+if not child:
+    say()
+    time.sleep(60)
+    os._exit(0)
+# Of the parent nobody is to be told: it is about the child.
+hwpoison.set_policy("late")
+memory.on_failure(lambda notice: None)
+say(os.waitpid(child, 0)[1])
+hear()
+"""
+    with Child(code, manager.socket) as child:
+        child.hear()
+        manager.inject(table, 3 * PAGE)
+        assert child.hear() == signal.SIGBUS
+        child.tell()
+        assert child.wait() == 0, child.errors
+
+
+def test_a_forked_child_is_told_of_what_stands_and_its_parent_had_not_begun_to_tell(
+    manager: hwpoison.Manager, table: hwpoison.Memory
+) -> None:
+    code = """
+manager = hwpoison.connect(arguments[0])
+memory = manager.attach("table")
+parent = os.getpid()
+begun, go_on, told = threading.Event(), threading.Event(), []
+
+@memory.on_failure
+def lost(notice):
+    told.append(notice.offset // mmap.PAGESIZE)
+    begun.set()
+    if os.getpid() == parent:
+        go_on.wait()
+
+say()
+hear()
+begun.wait()
+child = os.fork()
+if not child:
+    deadline = time.monotonic() + 60
+    while len(told) < 3 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    # Nothing that follows was told before: the next loss comes after those that stood.
+    manager.inject(memory, 7 * mmap.PAGESIZE)
+    while 7 not in told and time.monotonic() < deadline:
+        time.sleep(0.001)
+    say([told, signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()])
+    os._exit(0)
+os.waitpid(child, 0)
+go_on.set()
+"""
+    with Child(code, manager.socket) as child:
+        child.hear()
+        for page in range(3):
+            manager.inject(table, page * PAGE)
+        child.tell()
+        assert child.hear() == [[0, 1, 2, 7], True]
+
+
+def test_a_function_that_ends_its_thread_keeps_nobody_else_from_being_told(
+    manager: hwpoison.Manager, table: hwpoison.Memory, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = []
+    table.on_failure(lambda _: sys.exit("now"))
+    table.on_failure(told.append)
+    for page in range(2):
+        manager.inject(table, page * PAGE)
+    wait_until(lambda: len(told) == 2, "the other function hears of both")
+    assert "SystemExit: now" in caplog.text
+
+
+def test_a_process_that_has_no_descriptor_left_when_the_manager_dies_is_told_when_it_has_some_again(
+    manager: hwpoison.Manager, table: hwpoison.Memory
+) -> None:
+    code = """
+import resource
+manager = hwpoison.connect(arguments[0])
+memory = manager.attach("table")
+memory.on_failure(lambda notice: say(notice.offset))
+say()
+hear()
+_, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (3, most))
+say()
+hear()
+resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+hear()
+"""
+    with Child(code, manager.socket) as child:
+        child.hear()
+        child.ask()
+        kill(manager)
+        assert manager.inject(table, 0).victims
+        child.tell()
+        assert child.hear() == 0
+        manager.inject(table, PAGE)
+        assert child.hear() == PAGE
+        child.tell()
+        assert child.wait() == 0, child.errors
+
+
+def test_who_waits_for_notices_when_nobody_can_send_any_waits_no_longer() -> None:
+    code = """
+manager = hwpoison.connect(arguments[0])
+notices = manager.notices()
+say()
+say(list(notices))
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "socket"
+        with serving(path) as server, Child(code, str(path)) as child:
+            child.hear()
+            kill_service(server.pid)
+            assert child.hear() == []
+            assert child.wait() == 0, child.errors
 
 
 @pytest.mark.parametrize("how", ["process, and late for this one", "the manager's", "with a function"])

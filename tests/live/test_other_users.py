@@ -67,6 +67,15 @@ def test_system_calls_of_a_user_that_is_named_wait_for_pages(served: str) -> Non
         assert child.wait() == 0, child.errors
 
 
+def test_so_they_do_where_the_system_call_is_forbidden_as_the_manager_passes_what_is_needed(served: str) -> None:
+    forbidden = (
+        "sys.path.insert(0, arguments[1])\nfrom tests.without_userfaultfd import forbid_userfaultfd\nforbid_userfaultfd()\n"
+    )
+    with Child(forbidden + CALLS, served, str(Path(__file__).parents[2]), user=NOBODY) as child:
+        assert child.hear() == ["xx", "yy", False]
+        assert child.wait() == 0, child.errors
+
+
 def test_who_is_not_named_is_refused(served: str) -> None:
     with Child("hwpoison.connect(arguments[0])\n", served, user=ANOTHER) as child:
         assert child.wait() == 1

@@ -108,7 +108,7 @@ def test_a_program_runs_where_there_is_no_userfaultfd() -> None:
 
 
 LIFETIMES = """
-import gc, os, pathlib, sys, warnings
+import gc, os, pathlib, pickle, subprocess, sys, threading, warnings
 import numpy
 import hwpoison
 
@@ -124,7 +124,7 @@ with warnings.catch_warnings(record=True) as warned:
 print(os.path.basename(warned[0].filename), "Here." in pathlib.Path(__file__).read_text().splitlines()[warned[0].lineno - 1])
 
 def names(folder=manager.socket.removeprefix("plain:")):
-    return sorted(os.listdir(folder))
+    return sorted(one for one in os.listdir(folder) if one != "why")
 
 def attach(name):
     try:
@@ -159,6 +159,44 @@ for call in (manager.unlink, attach):
 numpy.save(sys.argv[1], numpy.arange(5.0))
 loaded = hwpoison.load(sys.argv[1], manager=manager)
 print(loaded.sum(), hwpoison.locate(loaded).nbytes)
+os.environ["HWPOISON_SOCKET"] = manager.socket
+print(hwpoison.load(sys.argv[1]).sum(), hwpoison.load(sys.argv[1]).sum())
+for wrong in ((1 << 62, "much"), (1 << 70, "more"), (8, "x" * 240)):
+    for _ in range(2):
+        try:
+            manager.allocate(*wrong, persistent=True)
+        except Exception as error:
+            print(type(error).__name__)
+sent = manager.allocate(8, "sent")
+pickled = pickle.dumps(sent)
+sent.close()
+manager.allocate(4, "sent").close()
+kept = manager.allocate(16, "sent")
+try:
+    pickle.loads(pickled)
+except FileNotFoundError as error:
+    print(error)
+kept.close()
+child = subprocess.Popen([sys.executable, "-W", "ignore", "-c", '''
+import os, sys, hwpoison
+
+kept = hwpoison.connect(os.environ["HWPOISON_SOCKET"]).allocate(8, "killed")
+print(flush=True)
+sys.stdin.readline()
+'''], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+child.stdout.readline()
+try:
+    manager.allocate(8, "killed")
+except FileExistsError as error:
+    print(error)
+child.kill()
+child.communicate()
+manager.allocate(8, "killed").close()
+threads = [threading.Thread(target=lambda: [manager.allocate(8).close() for _ in range(100)]) for _ in range(4)]
+for one in threads:
+    one.start()
+for one in threads:
+    one.join()
 loaded = None
 kept = manager.allocate(8, "kept").array()
 try:
@@ -196,6 +234,15 @@ LIVED = [
     "there is no object 'stays'",
     "there is no object 'stays'",
     "10.0 40",
+    "10.0 10.0",
+    "MemoryError",
+    "MemoryError",
+    "ValueError",
+    "ValueError",
+    "OSError",
+    "OSError",
+    "memory 'sent' is no more",
+    "the name 'killed' is taken by another object; pass another name=, or attach('killed')",
     "still in use, kept by their views: kept",
     "the manager was closed; open a new one with Manager() or connect()",
     "True",

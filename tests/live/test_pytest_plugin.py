@@ -54,6 +54,23 @@ def run(folder: Path, tests: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+def test_a_page_that_is_lost_already_can_be_struck_again(tmp_path: Path) -> None:
+    status, said = run(
+        tmp_path,
+        """
+def test_it(hwpoison, table):
+    for index in ((3, 5), 3, (3, 5), numpy.int64(3)):
+        hwpoison.strike(table.array, index)
+    hwpoison.strike(table.memory, numpy.int64(3 * PAGE))
+    for wrong in (64, (1, 2, 3), (-65,)):
+        with pytest.raises(IndexError):
+            hwpoison.strike(table.array, wrong)
+    assert table.sum() == sum(range(64)) * (PAGE // 8)
+""",
+    )
+    assert status == 0, said
+
+
 def test_a_program_that_repairs_what_it_loses_passes(tmp_path: Path) -> None:
     status, said = run(
         tmp_path,

@@ -107,6 +107,22 @@ def test_everything_is_as_it_was_and_nobody_reads_a_zero_that_was_not_there(
     assert bytes(table.buffer[2 * PAGE : 3 * PAGE]) == page("r")
 
 
+def test_a_flush_that_met_a_sync_that_failed_has_said_so_whatever_becomes_of_the_manager(
+    manager: hwpoison.Manager, slow_file: Callable[[bytes], SlowFile]
+) -> None:
+    slow = slow_file(page("s") * 2)
+    book = manager.open(slow.path, "r+")
+    for _ in range(20):
+        book.write(0, page("b"))
+        slow.fail(sync=5)
+        with pytest.raises(OSError, match="could not be written"):
+            book.flush()
+        # It had been said; what comes after that may not have been written down any more.
+        kill(manager)
+        slow.fail()
+        book.flush()
+
+
 @pytest.mark.parametrize("number", [signal.SIGBUS, signal.SIGSEGV, signal.SIGABRT, signal.SIGRTMIN + 5])
 def test_a_failure_of_the_managers_own_memory_is_one_more_way_to_die(manager: hwpoison.Manager, number: int) -> None:
     table = manager.allocate(2 * PAGE, name="table")
@@ -511,6 +527,33 @@ def test_a_manager_that_was_told_to_end_and_dies_is_followed_by_one_that_ends_to
         table.close()
         manager.close()
         assert server.wait(SECONDS_MAX) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_the_dead_manager_had_no_time_for_is_for_the_next_one(number: signal.Signals, tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with serving(path) as server:
+        manager = hwpoison.connect(path)
+        pid = manager_of(server.pid)
+        stop(server.pid)
+        # What it says meanwhile was said before it was sent the signal.
+        table = manager.allocate(PAGE, name="table")
+        stop(pid)
+        server.send_signal(number)
+        server.send_signal(signal.SIGCONT)
+        wait_until(lambda: pending(pid, number), "the manager was sent it")
+        kill(pid)
+        wait_until(lambda: not path.exists(), "nobody new is let in")
+        assert table.read(0, 1) == b"\0"
+        table.close()
+        manager.close()
+        assert server.wait(SECONDS_MAX) == 0
+
+
+def pending(pid: int, number: signal.Signals) -> bool:
+    """A signal was sent to the process that it has not taken yet."""
+    found = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith(("SigPnd", "ShdPnd"))]
+    return any(int(line.split()[1], 16) & (1 << (number - 1)) for line in found)
 
 
 # --- planned ---------------------------------------------------------------------------------------------------------

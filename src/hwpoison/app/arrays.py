@@ -89,7 +89,7 @@ _manager: list[BaseManager] = []
 
 def _default_manager() -> BaseManager:
     with _lock:
-        if not _manager or _manager[0].connection.closed:
+        if not _manager or _manager[0].closed:
             _manager[:] = [connect() if os.environ.get(SOCKET_VARIABLE) else Manager()]
         return _manager[0]
 

@@ -12,13 +12,14 @@ import select
 import socket
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from itertools import count
 from typing import TypeVar
 
 from hwpoison import protocol
 from hwpoison.app.mapping import Watch
+from hwpoison.errors import UnsupportedError
 from hwpoison.linux.lifeline import Lifeline
 from hwpoison.linux.pairs import pair
 from hwpoison.linux.userfaultfd import NEEDED, NO_FEATURE, Feature, Opened, open_userfaultfd
@@ -121,8 +122,8 @@ class Connection:
         self.closed = self.closing = False
         self.lost = ""
         """In a forked child, why it has no connection."""
-        self.on_fork: list[Callable[[], None]] = []
-        """What is done in a forked child when this is there again."""
+        self.on_fork: list[Callable[[Collection[int]], None]] = []
+        """What is done in a forked child when this is there again; it is told the signals that are blocked afterwards."""
         self.listen: Callable[[], None] = _nothing
         """Have losses read from now on (`app.notices`)."""
         self.when_unmapped: Callable[[], None] | None = None
@@ -166,8 +167,13 @@ class Connection:
     def _open_userfaultfd(self) -> Opened:
         """One without limits if this process may, or by what the manager may."""
         wanted = (NEEDED | Feature.POISON) & ~self._without
-        opened = open_userfaultfd(wanted)
-        if opened.user_mode:
+        opened = refused = None
+        try:
+            opened = open_userfaultfd(wanted)
+        except UnsupportedError as error:
+            # By a seccomp filter, say. What the manager passes needs no system call of its own.
+            refused = error
+        if opened is None or opened.user_mode:
             reply, fds = self._exchange(self._control, protocol.Device())
             if isinstance(reply, protocol.Failed) and not reply.errno:
                 # Not that the device can't be opened: it does not serve this user, and hangs up.
@@ -175,13 +181,17 @@ class Connection:
             try:
                 if isinstance(reply, protocol.Done) and fds:
                     full = open_userfaultfd(wanted, fds[0])
-                    os.close(opened.fd)
+                    if opened is not None:
+                        os.close(opened.fd)
                     opened = full
             except OSError:
                 pass  # It is no device that this kernel knows. What there is works too, within limits.
             finally:
                 for fd in fds:
                     os.close(fd)
+        if opened is None:
+            assert refused is not None
+            raise refused
         return opened
 
     # --- in a forked child
@@ -215,10 +225,10 @@ class Connection:
         self.owner = os.getpid()
         self._arm()
 
-    def begun_again(self) -> None:
+    def begun_again(self, blocked: Collection[int]) -> None:
         """Everything else of this process is there too."""
         for function in self.on_fork:
-            function()
+            function(blocked)
 
     def _joined(self, invitation: socket.socket | None) -> tuple[protocol.Welcome, int]:
         """As `_begin`, as another client. The manager can die meanwhile, and the invitation with it; the next one gives

@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Collection
 from contextlib import suppress
 
 from hwpoison.app.connection import Connection, all_connections
@@ -100,12 +101,12 @@ def _in_child() -> None:
     # What a signal handler raises here would leave something behind that is not there.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
-        _begin_again()
+        _begin_again(before)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _begin_again() -> None:
+def _begin_again(blocked: Collection[int]) -> None:
     invitations, _forking.invitations = _forking.invitations, {}
     for one in _open.difference(invitations.values()):
         one.close()
@@ -140,7 +141,7 @@ def _begin_again() -> None:
         memory._begin_again()
     for connection in invitations:
         if connection.owner == os.getpid():
-            connection.begun_again()
+            connection.begun_again(blocked)
 
 
 def _fenced(mapped: Mapped) -> bool:

@@ -64,6 +64,11 @@ class BaseManager:
         return self.connection.pid
 
     @property
+    def closed(self) -> bool:
+        """True if nothing can be asked here any more: not while it stays for views."""
+        return self.connection.closed
+
+    @property
     def socket(self) -> str:
         """Where others can `connect`: a path, or an abstract name that begins with @."""
         return self.connection.socket_name
@@ -330,18 +335,22 @@ class BaseManager:
             except OSError as error:
                 errors.append((memory.name, error))
         kept |= dict.fromkeys(self.connection.mapped())
-        if kept:
-            warnings.warn(f"still in use, kept by their views: {', '.join(kept)}", ResourceWarning, stacklevel=stack_level())
-            if self.connection.when_unmapped is None:
-                atexit.register(self.connection.abandon)
-                self.connection.when_unmapped = self._end_if_unused
-        else:
+        if not kept:
             self._say_goodbye()
-        if errors:
-            first, *others = errors
-            for name, other in others:
-                first[1].add_note(f"hwpoison: and of {name!r}: {other}")
-            raise first[1]
+        elif self.connection.when_unmapped is None:
+            atexit.register(self.connection.abandon)
+            self.connection.when_unmapped = self._end_if_unused
+        try:
+            if kept:
+                said = f"still in use, kept by their views: {', '.join(kept)}"
+                warnings.warn(said, ResourceWarning, stacklevel=stack_level())
+        finally:
+            # Also where warnings are errors: it is said once, and the warning is its context.
+            if errors:
+                first, *others = errors
+                for name, other in others:
+                    first[1].add_note(f"hwpoison: and of {name!r}: {other}")
+                raise first[1]
 
     def _say_goodbye(self) -> None:
         self.notice_board.close()
@@ -462,7 +471,7 @@ class Manager(BaseManager):
             else:
                 self._reaper()
 
-    def _not_this_ones_child(self) -> None:
+    def _not_this_ones_child(self, _: object) -> None:
         # In a forked child. There is nothing to wait for.
         self._process.returncode = 0
 

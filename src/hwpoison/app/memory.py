@@ -271,16 +271,14 @@ class Memory:
         """Raise what is new in it. Until it is raised, the manager says it again."""
         if reply.failed is None:
             return
-        if reply.unwritten:
-            raise protocol.error_of(reply.failed)
         with self._lock:
-            if reply.errors <= self._errors:
+            if reply.errors <= self._errors and not reply.unwritten:
                 return  # Another thread's flush has told it.
             try:
                 raise protocol.error_of(reply.failed)
             except OSError:
                 # Now even what a signal handler raises has the error as its context.
-                self._errors = reply.errors
+                self._errors = max(self._errors, reply.errors)
                 raise
 
     # --- losses

@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 import os
 import select
+import signal
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from types import TracebackType
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from hwpoison.app.memory import Memory
 
 log = logging.getLogger("hwpoison")
+
+AGAIN_SECONDS = 0.1
+"""Between two attempts to listen to the next manager, while the system refuses what that needs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +56,7 @@ class Entry:
     """Who wants the losses of one memory, or of all: those that stand, and then those after the first `since` that this
     process has had."""
 
-    __slots__ = ("before", "deliver", "end", "memory", "since")
+    __slots__ = ("before", "deliver", "end", "memory", "since", "told")
 
     def __init__(self, memory: Memory | None, deliver: Deliver, end: Callable[[], None] | None) -> None:
         self.memory = memory
@@ -61,6 +65,8 @@ class Entry:
         """Called when nothing more will come."""
         self.since = 0
         self.before: list[protocol.Told] = []
+        self.told: dict[tuple[int, int], str] = {}
+        """The last loss that was delivered of each page, by object and offset: a forked child has them from its parent."""
 
 
 class Handle:
@@ -94,20 +100,29 @@ class Notices:
         connection.on_fork.append(self.begin_again)
         connection.listen = self.listen
 
-    def begin_again(self) -> None:
-        """In a forked child: the thread is the parent's. Who wants them is told of losses of this process."""
+    def begin_again(self, blocked: Collection[int]) -> None:
+        """In a forked child: the thread is the parent's. Who wants them is told of losses of this process, and of those that
+        stand and that the parent's thread had not begun to tell of. `blocked`: signals that are when this is over."""
         self._lock = threading.RLock()
         channel, self._channel = self._channel, None
         if channel is not None:
             channel.close()
             os.close(self._wake)
         for entry in self._entries:
-            entry.since = 0
             queue = getattr(entry.deliver, "__self__", None)
             if isinstance(queue, _Queue):
                 queue.inherited()
-        if channel is not None:
-            self._start()
+        if channel is None:
+            return
+        self._start(blocked)
+        with self._lock:
+            for entry in self._entries:
+                entry.since, entry.before = 0, []
+                try:
+                    self._ask_for_those_that_stand(entry)
+                except (OSError, ValueError) as error:
+                    # Of one that is not there in this process, for instance.
+                    log.debug("losses from before the fork are not told: %s", error)
 
     def add(self, memory: Memory | None, deliver: Deliver, end: Callable[[], None] | None = None) -> Entry:
         """Deliver each loss of `memory` (None: of all) that stands, and then each from now on. Raises ConnectionError where
@@ -118,13 +133,17 @@ class Notices:
         with self._lock:
             self.listen()
             # What is told meanwhile waits for the lock.
-            request = protocol.Standing(0 if memory is None else memory._number)
-            reply = self._connection.request(request, protocol.Losses)
-            entry.since, entry.before = reply.count, reply.standing
+            self._ask_for_those_that_stand(entry)
             self._entries.append(entry)
-            if entry.before and self._wake >= 0:
-                os.eventfd_write(self._wake, 1)
         return entry
+
+    def _ask_for_those_that_stand(self, entry: Entry) -> None:
+        request = protocol.Standing(0 if entry.memory is None else entry.memory._number)
+        reply = self._connection.request(request, protocol.Losses)
+        new = [one for one in reply.standing if entry.told.get((one.object, one.notice.offset)) != one.notice.event_id]
+        entry.since, entry.before = reply.count, new
+        if new and self._wake >= 0:
+            os.eventfd_write(self._wake, 1)
 
     def listen(self) -> None:
         """From now on losses are read."""
@@ -132,13 +151,14 @@ class Notices:
             if self._channel is None:
                 self._start()
 
-    def _start(self) -> None:
+    def _start(self, blocked: Collection[int] | None = None) -> None:
         # Known before the thread may have to look for another one.
         channel = self._channel = self._connection.new_channel(protocol.Listen())
         wake = -1
         try:
             wake = self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            threading.Thread(target=self._run, args=(channel, wake), name="hwpoison-notices", daemon=True).start()
+            arguments = (channel, wake, blocked)
+            threading.Thread(target=self._run, args=arguments, name="hwpoison-notices", daemon=True).start()
         except BaseException:
             self._channel = None
             channel.shutdown(socket.SHUT_RDWR)
@@ -163,53 +183,67 @@ class Notices:
 
     # --- the thread
 
-    def _run(self, channel: socket.socket, wake: int) -> None:
-        last = 0
+    def _run(self, channel: socket.socket, wake: int, blocked: Collection[int] | None) -> None:
+        if blocked is not None:
+            # It was started where all are.
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        last, listening = 0, True
         poll = select.poll()
         poll.register(wake, select.POLLIN)
         poll.register(channel, select.POLLIN)
         while True:
-            ready = [fd for fd, _ in poll.poll()]
+            ready = [fd for fd, _ in poll.poll(None if listening else AGAIN_SECONDS * 1000)]
             if wake in ready:
                 with suppress(BlockingIOError):
                     os.eventfd_read(wake)
                 self._tell_of_before()
             if ready == [wake]:
                 continue
-            try:
-                data, _ = protocol.receive(channel)
-            except OSError:
-                data = b""
-            if not data:
-                # It was closed here, or the manager has died.
+            data = b""
+            if listening:
+                with suppress(OSError):
+                    data, _ = protocol.receive(channel)
+            if data:
+                try:
+                    last = self._news(protocol.decode_reply(data), last)
+                except Exception:
+                    log.exception("a notice could not be delivered")
+                continue
+            # It was closed here, or the manager has died.
+            if listening:
+                listening = False
                 with suppress(KeyError, ValueError):
                     poll.unregister(channel)
-                again = self._listen_again(channel, last)
-                if again is None:
-                    self._let_go(wake)
-                    return
-                channel = again
-                poll.register(channel, select.POLLIN)
-                continue
             try:
-                last = self._news(protocol.decode_reply(data), last)
-            except Exception:
-                log.exception("a notice could not be delivered")
+                again = self._listen_again(channel, last)
+            except ConnectionError:
+                again = None
+            except OSError as error:
+                # This process, or the manager, is short of descriptors, say.
+                log.debug("notices wait: %s", error)
+                continue
+            if again is None:
+                self._let_go(channel, wake)
+                return
+            channel, listening = again, True
+            poll.register(channel, select.POLLIN)
 
-    def _let_go(self, wake: int) -> None:
+    def _let_go(self, channel: socket.socket, wake: int) -> None:
         with self._lock:
             if self._wake == wake:
                 self._wake = -1
+            gone = self._channel is channel
         os.close(wake)
+        if gone:
+            # There is no manager any more: nobody waits for what can't come.
+            self.close()
 
     def _listen_again(self, channel: socket.socket, last: int) -> socket.socket | None:
-        """Another channel in place of this one, by which the next manager goes on after notice number `last`."""
+        """Another channel in place of this one, by which the next manager goes on after notice number `last`; None if nobody
+        wants one. Raises ConnectionError if there is no manager, and OSError."""
         if self._channel is not channel:
             return None
-        try:
-            again = self._connection.new_channel(protocol.Listen(last))
-        except OSError:
-            return None
+        again = self._connection.new_channel(protocol.Listen(last))
         # In one step with the look whether it is still wanted; `close` may come at any moment.
         with self._lock:
             if self._channel is not channel:
@@ -247,9 +281,10 @@ class Notices:
     def _deliver(self, entry: Entry, told: protocol.Told) -> None:
         memory = entry.memory or self._find(told.object)
         values = {name: getattr(told.notice, name) for name in _FIELDS}
+        entry.told[told.object, told.notice.offset] = told.notice.event_id
         try:
             entry.deliver(Notice(memory=memory, **values))
-        except Exception:
+        except BaseException:  # SystemExit too: the others are told all the same.
             log.exception("on_failure: %r failed", entry.deliver)
 
     def _by_signal(self, told: protocol.Told) -> None:

@@ -58,7 +58,7 @@ class Mapping:
         self.resident: dict[int, tuple[int, int, bool]] = {}
         self.error_seen = object_.error_sequence
         self.errors_apart = 0
-        """How many more `errors` it has than the object: less for each that its own flush met, one for what it inherits."""
+        """How many more `errors` it has than the object: one for what it inherits."""
         self.heir = bool(object_.untold)
         """Changes were lost before it came, and nobody was told: it is, unless they are had back or told meanwhile."""
         self.gone = False

@@ -22,6 +22,9 @@ STRUCK = DIRTY | POISONED
 class UnwrittenError(OSError):
     """What is dirty could not all be written. It still is dirty: nothing is lost by it."""
 
+    errors = 0
+    """How many `Mapping.errors` are told by this."""
+
 
 async def flush(books: Books, mapping: Mapping) -> None:
     """All that was dirty is in the file and on the disk when this returns.
@@ -31,14 +34,18 @@ async def flush(books: Books, mapping: Mapping) -> None:
     fsync that failed.
     """
     object_ = mapping.object
-    error = await write_back_all(books, object_, mapping)
+    error, met = await _write_back(books, object_)
+    # It hears of it now.
+    mapping.error_seen += met
     if error is not None:
         others = "; others were lost, see lost()" if mapping.error_seen != mapping.errors or object_.lost_changes else ""
-        raise UnwrittenError(
+        unwritten = UnwrittenError(
             error.errno or errno.EIO,
             f"changes to {object_.name!r} could not be written: {error.strerror or error}; they stay in memory while "
             f"somebody has it open, and flush() can be tried again{others}",
         )
+        unwritten.errors = met
+        raise unwritten
     if mapping.heir and object_.untold:
         mapping.errors_apart += 1
     inherited, mapping.heir = mapping.heir, False
@@ -51,12 +58,19 @@ async def flush(books: Books, mapping: Mapping) -> None:
         raise OSError(errno.EIO, f"changes to {object_.name!r} were lost or could not be written; see lost()")
 
 
-async def write_back_all(books: Books, object_: MemoryObject, mapping: Mapping | None = None) -> OSError | None:
-    """Write every page back that is dirty now, to the disk. The first error, told to `mapping`; its pages stay dirty."""
+async def write_back_all(books: Books, object_: MemoryObject) -> OSError | None:
+    """Write every page back that is dirty now, to the disk. The first error; its pages stay dirty."""
+    error, _ = await _write_back(books, object_)
+    return error
+
+
+async def _write_back(books: Books, object_: MemoryObject) -> tuple[OSError | None, int]:
+    """As `write_back_all`, and how many errors each handle is to be told of for that: who has asked for it hears so now."""
     backing = object_.backing
     if backing is None or not backing.writable:
-        return None
+        return None, 0
     failed: OSError | None = None
+    met = 0
     # What another flush has on its way is waited for too, and written again if that fails.
     pieces = _pieces(object_, DIRTY) + _pieces(object_, WRITEBACK)
     # Whoever writes them: they are on the disk only when the sync below says so.
@@ -82,15 +96,13 @@ async def write_back_all(books: Books, object_: MemoryObject, mapping: Mapping |
         for first, count in written:
             _dirty_again(object_, first, count)
         # But what was written earlier and is not in memory any more may be lost, of every handle.
-        object_.error_sequence += 1
+        met = 1
+        object_.error_sequence += met
         books.journal.errors(object_)
-        if mapping is not None:
-            # It hears of it now. That is written down when it has.
-            mapping.errors_apart -= 1
     books.journal.synced(object_, syncing)
     if failed is not None:
         _note(books, object_, failed)
-    return failed
+    return failed, met
 
 
 async def write_back_some(books: Books, object_: MemoryObject, wanted: int) -> None:

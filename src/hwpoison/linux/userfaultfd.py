@@ -86,7 +86,7 @@ def open_userfaultfd(wanted: Feature = NEEDED | Feature.POISON, device: int | No
     """
     fd, user_mode = _open() if device is None else (_by(device), False)
     try:
-        features = features_of_kernel() & wanted
+        features = features_of_kernel(device) & wanted
         fcntl.ioctl(fd, _IOC_API, struct.pack("QQQ", API, features, 0))
     except OSError:
         os.close(fd)
@@ -144,9 +144,9 @@ def _unsupported(error: OSError) -> UnsupportedError:
     return UnsupportedError(error.errno or errno.ENOSYS, f"{text}; see `hwpoison doctor`")
 
 
-def features_of_kernel() -> Feature:
+def features_of_kernel(device: int | None = None) -> Feature:
     """All that this kernel's userfaultfd can do. Asked of one of its own, because a handshake can't be repeated."""
-    fd, _ = _open()
+    fd = _open()[0] if device is None else _by(device)
     try:
         return Feature(struct.unpack("QQQ", fcntl.ioctl(fd, _IOC_API, struct.pack("QQQ", API, 0, 0)))[1])
     finally:

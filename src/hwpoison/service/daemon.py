@@ -34,7 +34,8 @@ from hwpoison.linux.standard import open_standard_streams
 from hwpoison.linux.userfaultfd import NEEDED, NO_FEATURE, Feature, open_userfaultfd
 from hwpoison.service import keeper
 from hwpoison.service.eventlog import EventLog
-from hwpoison.service.server import LISTENER, Server
+from hwpoison.service.keeper import LISTENER
+from hwpoison.service.server import Server
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,8 @@ THINGS_LIMIT = 16
 MESSAGE_LIMIT = 4096
 FILE = "file:"
 """Labels of what a file system may have to be asked for when it is closed."""
+LISTENER = "listener"
+"""Label of the socket at which clients connect. A manager that is told to end drops it."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Passed on to the manager."""
 
@@ -208,7 +210,7 @@ class _Process:
         self._told: list[int] = list(told)
         """Signals for the next manager: one that is not ready yet would die of them."""
         self._passed: list[int] = []
-        """Those that the manager was sent, and since which it has said nothing: it may be dying, and not have seen them."""
+        """Those that the manager was sent, and has not acted on: it may be dying, and not have seen them."""
         # Whoever has started this may have ignored it, which is inherited; then nobody could be waited for.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for number in SIGNALS:
@@ -227,6 +229,9 @@ class _Process:
         except Exception as error:  # noqa: BLE001  (clients must not be ended without a word)
             traceback.print_exc()
             return self._give_up(f"the keeper has failed: {error!r}")
+        finally:
+            # From here on they would end this process otherwise than it ends.
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
     def _run(self) -> int:
         if self._life and self._channel is None and not self._succeed(time.monotonic()):
@@ -387,9 +392,6 @@ class _Process:
             data, ancillary, _, _ = channel.recvmsg(MESSAGE_LIMIT, space, socket.MSG_CMSG_CLOEXEC)
         except ConnectionResetError:
             return False
-        if data and data != b"restart":
-            # What it was sent it has seen. (One that makes way for another does nothing about it any more.)
-            self._passed.clear()
         fds = array.array("i")
         for _, _, content in ancillary:
             fds.frombytes(content[: len(content) // 4 * 4])
@@ -402,6 +404,11 @@ class _Process:
             case "drop":
                 for label in labels:
                     self._let_go(label)
+                if LISTENER in labels:
+                    # It was told to end, and the next one sees that. A second signal, to end at once, may be on its way.
+                    for one in SIGNALS:
+                        with suppress(ValueError):
+                            self._passed.remove(one)
             case "ready":
                 self._ready = True
                 told, self._told = self._told, []
@@ -454,7 +461,9 @@ class _Process:
             return
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, number)
-            self._passed.append(number)
+            # Twice may be more than once; a private one ignores them.
+            if self._passed.count(number) < 2:
+                self._passed.append(number)
 
 
 def _has_ended(pidfd: int) -> bool:

@@ -114,7 +114,7 @@ class Memories:
         try:
             await self.session.server.manager.flush(mapping)
         except UnwrittenError as error:
-            return protocol.Flushed(request.errors, protocol.failed(error), unwritten=True)
+            return protocol.Flushed(request.errors + error.errors, protocol.failed(error), unwritten=True)
         except OSError as error:
             self._flush_failed[request.mapping] = protocol.failed(error)
         # Of two flushes at a time, the first one's reply may be the one that nobody has got.

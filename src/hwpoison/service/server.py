@@ -29,11 +29,9 @@ from hwpoison.linux.machine import LinuxMachine
 from hwpoison.linux.standard import say
 from hwpoison.service.eventlog import EventLog
 from hwpoison.service.invitation import INVITATION, Invitation
-from hwpoison.service.keeper import Keeper
+from hwpoison.service.keeper import LISTENER, Keeper
 from hwpoison.service.session import Left, Session
 
-LISTENER = "listener"
-"""Under which the keeper holds the socket at which clients connect."""
 LATE_SECONDS = 2.0
 """A restart does not begin before files that take longer for an answer."""
 PAUSE_SECONDS = 1.0

@@ -352,9 +352,10 @@ class Expectation:
                 self._unsynced.add(page)
         disk.given_up.clear()
 
-    def not_written(self, mapping: Mapping) -> None:
-        """It was told that not everything could be written. What else it is owed it is owed still."""
+    def not_written(self, mapping: Mapping, syncs: int) -> None:
+        """It was told that not everything could be written, for so many syncs. What else it is owed it is owed still."""
         begun, *_, calm = self._flushes.pop(mapping)
+        self._told_of[mapping] = self._told_of.get(mapping, 0) + syncs
         self._look_at_given_up(self._dirty.pop(mapping))
         if not (self.world.machine.went_wrong["write fails"] or self.foreign):
             for page, known in enumerate(begun):

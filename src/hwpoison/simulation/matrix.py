@@ -219,6 +219,9 @@ def restarts(successors: int = 1) -> Iterator[Scenario]:
     # Of what was lost before the death, whoever comes after it is told.
     told_later = (("report", 0), ("attach and flush", 0))
     yield Scenario("writable", ("dirty",), told_later, worker=(), death=True, successors=successors)
+    # A sync that fails is told to whoever met it, and not again by the next manager.
+    twice, fails = (("flush twice", 0),), (("sync fails", 1),)
+    yield Scenario("writable", ("dirty",), twice, worker=(), budget=fails, death=True, successors=successors)
     # A death while a large frame is given up, of which each page is lost.
     for kind, state in (("writable", "dirty"), ("anonymous", "present")):
         for failure in ("report", "hardware"):

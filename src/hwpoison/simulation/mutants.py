@@ -385,7 +385,7 @@ MUTANTS = (
     Mutant(
         "an error of writing uses up that of a loss", "Linux 5660e13d2fd6 (one error hid another from who asked)",
         "a flush that is tried again succeeds although changes are lost", WRITEBACK,
-        "        raise UnwrittenError(\n", "        mapping.error_seen = mapping.errors\n        raise UnwrittenError(\n",
+        "        raise unwritten\n", "        mapping.error_seen = mapping.errors\n        raise unwritten\n",
     ),
     Mutant(
         "flush says it never", "Linux b4678df184b3 (an error from before was told to nobody)",

@@ -87,8 +87,8 @@ async def _flush(world: World, mapping: Mapping, page: int, data: bytes) -> None
     mapping.error_seen = world.errors_seen.get(mapping.number, mapping.error_seen)
     try:
         await world.manager.flush(mapping)
-    except writeback.UnwrittenError:
-        world.expectation.not_written(mapping)
+    except writeback.UnwrittenError as error:
+        world.expectation.not_written(mapping, error.errors)
     except OSError:
         world.expectation.flush_failed(mapping)
     else:
