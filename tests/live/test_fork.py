@@ -288,7 +288,9 @@ for thread in threads:
     with Child(BEGIN + code) as child:
         assert child.hear() == [0] * 30
         assert child.wait() == 0
-        assert child.errors == ""
+        # Python itself warns of every fork beside threads from 3.12 on.
+        said = [line for line in child.errors.splitlines() if "os.fork()" not in line and "use of fork()" not in line]
+        assert said == []
 
 
 def test_a_fork_by_c_code_gets_sigsegv_and_never_zeros() -> None:

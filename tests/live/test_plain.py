@@ -291,13 +291,13 @@ except hwpoison.UnsupportedError as error:
 @pytest.mark.parametrize("system", ["win32", "darwin"])
 def test_everything_can_be_imported_on_other_systems(system: str, tmp_path: Path) -> None:
     """As far as that can be seen on this one: without what they have not."""
-    start = f"import sys\nlinux, sys.platform = sys.platform, {system!r}\n"
+    # What is not ours knows what system it is on.
+    start = f"import shutil, socket, sys, tempfile\nlinux, sys.platform = sys.platform, {system!r}\n"
     done = subprocess.run([sys.executable, "-c", start + OTHER_SYSTEM], capture_output=True, text=True, check=False)
     said = f"memory is managed on Linux only, and this is {system}; "
     said += "with Manager(required=False) programs run without recovery\n"
     assert (done.returncode, done.stdout) == (0, said), done.stderr
     program = tmp_path / "program.py"
-    # What is not ours knows what system it is on.
     program.write_text(start + OTHER_SYSTEM.replace("hwpoison.Manager()", "sys.platform = linux") + PROGRAM)
     done = subprocess.run(
         [sys.executable, str(program), str(tmp_path / "data.bin")], capture_output=True, text=True, timeout=60, check=False
