@@ -443,6 +443,11 @@ class Expectation:
             self.fail("The count of present pages balances.")
         return self.violation
 
+    def _lost_changes(self) -> int:
+        """Pages of files, of all objects, of which changes are lost."""
+        files = [one for one in self.world.manager.objects() if one.backing is not None]
+        return sum(loss.state is State.DIRTY_FILE for one in files for loss in one.losses.values())
+
     def look_at_losses(self) -> None:
         """After every step, also one that is only told again: those who are owners now are those who had to be told."""
         object_ = self.world.object
@@ -541,6 +546,8 @@ class Expectation:
         for agent in world.agents:
             if agent.process.alive and agent.at < len(agent.script):
                 self.fail(f"Nobody sleeps for ever: {agent.name}, at {agent.script[agent.at][:2]}.")
+        if world.manager.lost_changes_of.total() != self._lost_changes():
+            self.fail("The count of lost changes balances.")
         if self.violation is None:
             self._check_settled()
         return self.violation

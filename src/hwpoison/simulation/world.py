@@ -17,6 +17,7 @@ from hwpoison.core.objects import Backing, Loss, MemoryObject
 from hwpoison.core.pages import DIRTY, LOST, POISONED, WRITEBACK
 from hwpoison.core.records import Event as LogEvent
 from hwpoison.core.records import Failure, Notice, Outcome, Report, State
+from hwpoison.core.recovery import note_loss
 from hwpoison.core.takeover import take_over
 from hwpoison.simulation.agents import Agent
 from hwpoison.simulation.choices import ALL, MANAGER, Choices, Control, Event, Happening
@@ -190,7 +191,8 @@ class World:
             what = State.DIRTY_FILE if object_.tracks_dirt else State.CLEAN_FILE if object_.backing else State.ANONYMOUS
             object_.pages.set(LOST, page)
             object_.pages.set(POISONED, page)
-            loss = object_.losses[page] = Loss("sim-before", what, Outcome.RECOVERED, "")
+            loss = Loss("sim-before", what, Outcome.RECOVERED, "")
+            note_loss(self.manager, object_, page, loss, untold=False)
             self.manager.journal.loss(object_, page, loss, untold=what is State.DIRTY_FILE)
             # What is gone was neither zeros nor what the file has: who sees those is not shown what was last written.
             self.expectation.begins(page, token(40 + page) if what is not State.CLEAN_FILE else None)
