@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -455,6 +455,56 @@ def test_a_journal_that_is_damaged_is_not_believed(damage: str, tmp_path: Path) 
         said = server.stderr.read().decode()
         assert ("is no journal" if damage == "the head" else "is damaged") in said
         assert "no manager can take over: processes that map its memory are ended by SIGKILL" in said
+
+
+def test_a_journal_that_could_not_be_written_is_written_again_as_soon_as_it_can_be(manager: hwpoison.Manager) -> None:
+    table = manager.allocate(4 * PAGE, name="table", populate=False)
+    table.write(0, page("t"))
+    manager.inject(table, PAGE)
+    _, most = resource.prlimit(manager.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(manager.pid, resource.RLIMIT_FSIZE, (1, most))
+    # What is under way is noted, or not: the next thing that begins is refused.
+    with suppress(MemoryError):
+        manager.inject(table, 2 * PAGE)
+    with pytest.raises(MemoryError, match="journal can't grow"):
+        manager.allocate(PAGE, name="another")
+    with pytest.raises(OSError, match="journal can't be written"):
+        manager.restart()
+    resource.prlimit(manager.pid, resource.RLIMIT_FSIZE, (most, most))
+    manager.allocate(PAGE, name="another").close()
+    lost = table.lost()
+    kill(manager)
+    assert table.lost() == lost
+    assert table.read(0, PAGE) == page("t")
+
+
+def test_a_manager_that_dies_while_its_journal_can_not_be_written_has_no_successor(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with serving(path) as server, Child(ATTACHED + "memory.buffer[0]", str(path)) as client:
+        client.hear()
+        pid = manager_of(server.pid)
+        manager = hwpoison.connect(path)
+        name = manager.objects()[0].name
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
+        # That this was handled can't be noted.
+        manager.inject(name, PAGE)
+        kill(pid)
+        client.tell()
+        assert client.wait() == -signal.SIGKILL
+        assert server.wait(SECONDS_MAX) == 1
+        assert server.stderr is not None
+        assert "its journal could not be written: processes that map its memory are ended" in server.stderr.read().decode()
+        manager.close()
+
+
+def test_signals_while_it_ends_do_not_keep_it_from_ending_in_order(tmp_path: Path) -> None:
+    for number in (signal.SIGTERM, signal.SIGHUP) * 3:
+        with serving(tmp_path / "socket") as server:
+            while server.poll() is None:
+                server.send_signal(number)
+                select.select([], [], [], 0.001)
+            assert server.stderr is not None
+            assert (server.returncode, server.stderr.read()) == (0, b"")
 
 
 def open_of(pid: int, name: str) -> str:

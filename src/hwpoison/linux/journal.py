@@ -1,9 +1,9 @@
 """`hwpoison.core.machine.Records` on Linux: a memfd that the keeper holds too.
 
-A record is a length, twice, a checksum, a list of keys, each with a new value or none (msgpack), and a byte that is no
-zero. What was cut off by a death while it was written ends the file: behind it there are zeros. Anything else that is not
-as it was written is damage, as memory fails, and nothing of such a journal is believed. When most of it is old, what counts
-is written to another memfd, which takes its place.
+A record is a length and its checksum, a checksum of what follows, a list of keys, each with a new value or none (msgpack),
+and a byte that is no zero. What was cut off by a death while it was written ends the file: behind it there are zeros.
+Anything else that is not as it was written is damage, as memory fails, and nothing of such a journal is believed. When most
+of it is old, what counts is written to another memfd, which takes its place.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ OLD_BYTES_MIN = 1 << 16
 _head = struct.Struct("<8sQ")
 _MAGIC = b"hwpoison"
 _frame = struct.Struct("<III")
-_ALL = 0xFFFFFFFF
 _END = b"\xff"
 
 log = logging.getLogger("hwpoison")
@@ -53,7 +52,8 @@ class LinuxRecords:
         self._encode = msgspec.msgpack.Encoder().encode
         self._values: dict[Key, Any] = read(inherited) if inherited >= 0 else {}
         self._together: list[Any] | None = None
-        self._broken = False
+        self.broken = False
+        """It could not be written. A manager that dies now has no successor."""
         self._fd = -1
         self._end = self._room = 0
         self._live = 0
@@ -86,9 +86,13 @@ class LinuxRecords:
         return dict(self._values)
 
     def require(self) -> None:
-        if self._room - self._end >= RESERVE_BYTES // 2 and not self._broken:
+        if self.broken:
+            self._append([])
+        elif self._room - self._end >= RESERVE_BYTES // 2:
             return
         try:
+            if self.broken:
+                raise OSError(errno.ENOSPC, "it could not be written")
             self._reserve()
         except OSError as error:
             raise MemoryError(f"the manager's journal can't grow: {error.strerror}") from error
@@ -107,6 +111,11 @@ class LinuxRecords:
     def _append(self, said: list[Any]) -> None:
         content = self._encode(said)
         try:
+            if self.broken:
+                self._write_anew()
+                self.broken = False
+                log.error("the manager's journal can be written again")
+                return
             self._write(_record(content))
         except OSError as error:
             self._break(error)
@@ -147,21 +156,29 @@ class LinuxRecords:
             os.close(old)
 
     def _break(self, error: OSError) -> None:
-        """It is not whole any more: a successor must not believe it."""
-        if not self._broken:
-            self._broken = True
+        """It is not whole any more: a successor must not believe it. It is tried again with whatever is to be said next."""
+        if not self.broken:
+            self.broken = True
             self._keeping.drop(LABEL)
             log.error("the manager's journal can't be written (%s): if the manager dies, its clients end", error.strerror)
 
 
 def _record(content: bytes) -> bytes:
-    return _frame.pack(len(content), len(content) ^ _ALL, zlib.crc32(content)) + content + _END
+    return _frame.pack(len(content), _checksum(len(content)), zlib.crc32(content)) + content + _END
+
+
+def _checksum(length: int) -> int:
+    return zlib.crc32(length.to_bytes(4, "little"))
 
 
 def read(fd: int) -> dict[Key, Any]:
     """The last value of each key. Raises `JournalError` for what is no journal of this format."""
-    size = os.fstat(fd).st_size
-    data = os.pread(fd, size, 0)
+    try:
+        data = os.pread(fd, os.fstat(fd).st_size, 0)
+    except OSError as error:
+        # Its own memory may fail.
+        why = f"the journal of the manager before this one can't be read ({error.strerror})"
+        raise JournalError(error.errno or errno.EIO, why) from error
     if len(data) < _head.size or _head.unpack_from(data)[0] != _MAGIC:
         raise JournalError(errno.EINVAL, "what the manager before this one has left is no journal")
     found = _head.unpack_from(data)[1]
@@ -172,9 +189,9 @@ def read(fd: int) -> dict[Key, Any]:
     values: dict[Key, Any] = {}
     at = _head.size
     while at + _frame.size <= len(data):
-        length, inverted, checksum = _frame.unpack_from(data, at)
+        length, of_length, checksum = _frame.unpack_from(data, at)
         at += _frame.size
-        if length ^ inverted != _ALL:
+        if of_length != _checksum(length):
             break
         content, end = data[at : at + length], data[at + length : at + length + 1]
         if end in (b"", b"\0"):

@@ -257,12 +257,18 @@ async def _serve(
         at_once = number != signal.SIGHUP
         told = (lambda: None) if private else partial(server.told_to_end, at_once=at_once)
         loop.add_signal_handler(number, told)
-    if not private and life == 1:
+
+    def serving() -> None:
         with suppress(OSError):
             # The process that was started, which is the keeper.
             sys.stderr.write(f"hwpoison serve: process {os.getppid()} serves at {address}\n")
             sys.stderr.flush()
-    await server.run(first)
+
+    await server.run(first, serving if not private and life == 1 else None)
+    for number in keeper.SIGNALS:
+        # The end of the loop would have this process end by them, before it has ended in order.
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_IGN)
     if server.renewing:
         # What is under way is left as it is, as by a death: nothing of it may run on and say that it had been done.
         held_by.restart()

@@ -214,7 +214,9 @@ class _Process:
         # Whoever has started this may have ignored it, which is inherited; then nobody could be waited for.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for number in SIGNALS:
-            signal.signal(number, self._pass_on)
+            # Who starts it with nohup means that.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._pass_on)
         # Those that have come while the program was executed anew.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
@@ -243,13 +245,18 @@ class _Process:
             begun = time.monotonic()
             self._listen(None)
             status = self._wait()
-            if self._over and status is None:
-                return 0  # It has said that all is well.
             if self._over or (self._life == 1 and not self._ready):
                 # It may have been told to end at once.
                 self._end_clients(self._who_maps() or [])
-                return status if status is not None and status >= 0 else 1
+                if self._over:
+                    return max(status or 0, 0)  # It had said that all is well.
+                if status is not None and status >= 0:
+                    return status
+                say(f"hwpoison: the manager has ended {_how(status)} before it was ready")
+                return 1
             died = time.monotonic()
+            if journal.LABEL not in self._held:
+                return self._give_up("the manager has died, and its journal could not be written")
             if self._renew:
                 self._renew = False
                 try:
@@ -334,7 +341,7 @@ class _Process:
         self._ready = False
         sys.stdout.flush()
         sys.stderr.flush()
-        self._life += 1
+        life = self._life + 1
         try:
             self._pid = os.fork()
         except OSError:
@@ -349,13 +356,14 @@ class _Process:
                     signal.signal(number, signal.SIG_DFL)
                 # What the terminal sends to this program comes to the keeper, and from there.
                 os.setsid()
-                status = self._manage(Keeper(theirs, self._held), dict(self._held), self._life)
+                status = self._manage(Keeper(theirs, self._held), dict(self._held), life)
             except BaseException:  # noqa: BLE001  (nothing of this process may go on in the child)
                 traceback.print_exc()
             finally:
                 with suppress(OSError, ValueError):
                     sys.stderr.flush()
                 os._exit(status)
+        self._life = life
         theirs.close()
         if self._first is not None:
             self._first.close()
@@ -405,10 +413,8 @@ class _Process:
                 for label in labels:
                     self._let_go(label)
                 if LISTENER in labels:
-                    # It was told to end, and the next one sees that. A second signal, to end at once, may be on its way.
-                    for one in SIGNALS:
-                        with suppress(ValueError):
-                            self._passed.remove(one)
+                    # It was told to end, and the next one sees that. What it is told from now on means: at once.
+                    self._passed.clear()
             case "ready":
                 self._ready = True
                 told, self._told = self._told, []
@@ -461,8 +467,7 @@ class _Process:
             return
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, number)
-            # Twice may be more than once; a private one ignores them.
-            if self._passed.count(number) < 2:
+            if number not in self._passed:
                 self._passed.append(number)
 
 

@@ -92,8 +92,8 @@ class Server:
         self.renewing = False
         """Another manager takes over at once."""
 
-    async def run(self, first: socket.socket | None = None) -> None:
-        """Serve until stopped; `first` is a client that is connected already."""
+    async def run(self, first: socket.socket | None = None, serving: Callable[[], None] | None = None) -> None:
+        """Serve until stopped; `first` is a client that is connected already, `serving` is called when others can be."""
         self.machine.records.put(("life",), [self.manager.life, self.instance])
         if self.manager.life > 1:
             await self._take_over()
@@ -104,6 +104,8 @@ class Server:
         else:
             self._end_if_alone()
         self._keeper.ready()
+        if serving is not None:
+            serving()
         self._keep_up()
         await self.stop.wait()
         if self.renewing:
@@ -221,7 +223,7 @@ class Server:
         if stopped(self.keeper):
             why = f"the keeper, process {self.keeper}, is stopped, and could start nobody: kill -CONT {self.keeper} first"
             raise OSError(errno.EBUSY, why)
-        self._require_keeper()
+        self._require_successor()
         check = await asyncio.create_subprocess_exec(
             *self._check,
             stdin=asyncio.subprocess.DEVNULL,
@@ -238,13 +240,15 @@ class Server:
             raise OSError(errno.EBUSY, f"{why}, and the next manager could begin only after them: try again later")
         if self.stop.is_set():
             raise OSError(errno.EBUSY, "the manager was told to end meanwhile, or its last client has gone")
-        self._require_keeper()
+        self._require_successor()
         self.renewing = True
         self.stop.set()
         # The next one answers.
         await asyncio.get_running_loop().create_future()
 
-    def _require_keeper(self) -> None:
+    def _require_successor(self) -> None:
+        if self.machine.records.broken:
+            raise OSError(errno.ENOSPC, "the manager's journal can't be written, so that no other one could take over")
         if not self._keeper.lives:
             raise OSError(errno.EBUSY, "the keeper has died, and there is no other one yet: try again later")
 
