@@ -332,7 +332,8 @@ class Memory:
 
         Each loss is told once, however slow the function is. But where more than 1,000 notices wait for it, those of losses
         that have been repaired or discarded meanwhile may be left out; they are in `events()`. The function's exceptions go
-        to the logger "hwpoison". Returns a handle with `cancel()`. Raises ConnectionError if there is no manager.
+        to the logger "hwpoison". Returns a handle with `cancel()`; until then, or `close`, this memory stays open, whoever
+        refers to it. Raises ConnectionError if there is no manager.
         """
         self._check_open()
         if not callable(function):
