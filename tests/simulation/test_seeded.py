@@ -15,7 +15,7 @@ from hwpoison.simulation.loop import Mode
 from hwpoison.simulation.mutants import mutant, planted
 from hwpoison.simulation.operations import CHANGES, REQUESTS, STORIES
 from hwpoison.simulation.operations import OPERATIONS as OPERATIONS_OF_ANY
-from hwpoison.simulation.runs import Replay, load
+from hwpoison.simulation.runs import Replay, SavedRun, load
 from hwpoison.simulation.scenario import Scenario
 from hwpoison.simulation.seeded import CLIENTS, OPERATIONS, PAGES, run_many, run_seed, run_some, scenario, seed_of
 from hwpoison.simulation.shrink import shrink
@@ -49,6 +49,14 @@ for seed in range(5):
     found = run_seed(seed)
     print(scenario(seed), found.choices.taken, found.world.loop.steps, [one.kind for one in found.world.events])
 """
+
+
+def test_every_world_can_be_saved_and_told_again(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    for number in range(500):
+        world = scenario(seed_of(1, number))
+        SavedRun(world, "quiet", (), (), "", ()).save(path)
+        assert load(path).scenario == world
 
 
 def test_the_same_seed_makes_the_same_run_whatever_the_hash_seed() -> None:

@@ -69,9 +69,10 @@ def scenario(seed: int) -> Scenario:
         else:
             number = chance.randrange(CLIENTS)
             clients[number].append((chance.choice(does[number]), pages()))
-    for script, end in zip(clients, ends, strict=True):
+    for script, end, choices in zip(clients, ends, does, strict=True):
         if end:
-            script.append((end, 0))
+            # One that dies while it writes has an ordinary view.
+            script.append(("die reading" if end == "die" and "read guarded" in choices else end, 0))
     return Scenario(
         kind,
         _states(chance, kind),
