@@ -133,7 +133,8 @@ def test_a_connection_that_nobody_refers_to_any_more_leaves_nothing_open(manager
         view = hwpoison.connect(manager.socket).attach("cache").array("u1")
         assert view[0] == ord("w")
         del view
-    wait_until(lambda: descriptors() == before, "all are closed")
+    # What a thread of an earlier test was about to close counts before, and not any more.
+    wait_until(lambda: descriptors() <= before, "all are closed")
     manager.unlink("cache")
 
 
