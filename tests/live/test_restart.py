@@ -444,8 +444,11 @@ def test_a_journal_that_is_damaged_is_not_believed(damage: str, tmp_path: Path) 
         pid = manager_of(server.pid)
         stop(pid)
         with open(open_of(server.pid, "hwpoison-journal"), "r+b") as file:
-            file.seek(0 if damage == "the head" else 40)
-            file.write(b"\x55")
+            at = 0 if damage == "the head" else 40
+            file.seek(at)
+            byte = file.read(1)[0]
+            file.seek(at)
+            file.write(bytes([byte ^ 1]))
         os.kill(pid, signal.SIGKILL)
         client.tell()
         # Whom it names nobody can know, so nobody is told by SIGBUS.
