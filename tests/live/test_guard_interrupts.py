@@ -126,8 +126,8 @@ def test_a_guard_that_is_interrupted_anywhere_is_not_open_any_more(kept: bool, m
             assert open_guards(memory) == 1
             assert safe.buffer[PAGE] == known(2 * PAGE)[PAGE]
         assert open_guards(memory) == 0
-    # So many lines there are at least, in every version of Python.
-    assert places > 90
+    # Python 3.12 and later have fewer places where a line can be interrupted.
+    assert places > (100 if sys.version_info < (3, 12) else 90)
 
 
 @pytest.mark.parametrize("body", ["ends", "raises", "checks", "guards again", "is interrupted"])

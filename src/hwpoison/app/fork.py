@@ -111,7 +111,7 @@ def _begin_again(blocked: Collection[int]) -> None:
     for one in _open.difference(invitations.values()):
         one.close()
     _open.clear()
-    # In another thread.
+    # Begun in another thread after the invitations.
     come_since = [
         one for one in list(all_connections) if not one.closing and one.owner == _forking.parent and one not in invitations
     ]
