@@ -102,16 +102,7 @@ _PLACES = {
 }
 if sys.platform != "linux":
     # Plain shared memory without recovery is what there is.
-    _PLACES = {
-        "plain": (
-            "BaseManager", "Handle", "Location", "Manager", "Memory", "NoticeStream", "SafeView", "SharedManager", "connect",
-            "guard", "load", "locate", "lost", "set_policy",
-        ),
-        "core.records": ("Capabilities", "Failure", "Notice", "Outcome", "Policy", "State"),
-        "errors": ("EHWPOISON", "PoisonError", "Range", "UnsupportedError"),
-        "events": ("LoggedEvent",),
-        "protocol": ("ObjectInfo", "Statistics"),
-    }  # fmt: skip
+    _PLACES = {place.replace("app.", "plain."): names for place, names in _PLACES.items()}
 
 
 def __getattr__(name: str) -> object:

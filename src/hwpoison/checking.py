@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import operator
-import sys
 from collections.abc import Iterable
-from typing import SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
 import numpy
 
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+Data: TypeAlias = "Buffer | numpy.ndarray[Any, Any]"
+"""What bytes are taken from: all that a memoryview can be made of."""
 MEMORY_LIMIT_MAX = (1 << 63) - 1
 """Bytes: the most that can be said in a message."""
 
@@ -39,7 +43,7 @@ def true_or_false(what: str, value: object) -> bool:
     return bool(value)
 
 
-def shape_of(shape: int | Iterable[SupportsIndex]) -> tuple[int, ...]:
+def shape_of(shape: SupportsIndex | Iterable[SupportsIndex]) -> tuple[int, ...]:
     """A shape as numpy has it. Raises TypeError, ValueError."""
     if isinstance(shape, Iterable) and not isinstance(shape, (str, bytes)):
         return tuple(not_negative("a number in shape", one) for one in shape)
@@ -62,9 +66,11 @@ def name_of(value: str | None) -> str | None:
     return None if value is None else text("an object's name, as objects() shows it,", value)
 
 
-def as_bytes(data: bytes | bytearray | memoryview) -> memoryview:
+def as_bytes(data: Data) -> memoryview:
     """The bytes of any buffer, one after the other. Raises TypeError for what is none, ValueError for one with gaps."""
-    view = memoryview(data)
+    # That arrays have a buffer is known to their types from Python 3.12 on.
+    value: Any = data
+    view = memoryview(value)
     if not view.nbytes:
         return memoryview(b"")
     if not view.c_contiguous:
@@ -84,6 +90,15 @@ def range_of(name: str, size: int, offset: SupportsIndex, nbytes: SupportsIndex 
     return first, length
 
 
+def whole_pages(name: str, size: int, begin: int, end: int, page_size: int) -> None:
+    """Raises ValueError if the bytes from `begin` to `end` of memory of that name and size are not what `repair` takes."""
+    if begin < end and (begin % page_size or (end % page_size and end != size)):
+        raise ValueError(
+            f"repair needs whole pages, and bytes {begin} to {end} are none: begin at a multiple of {page_size}, and "
+            f"end at one or at the end of {name!r} ({size})"
+        )
+
+
 def memory_limit_of(value: SupportsIndex | None, page_size: int) -> int | None:
     """A memory limit in bytes. Raises TypeError, ValueError."""
     if value is None:
@@ -99,11 +114,3 @@ def seconds_of(what: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise ValueError(f"{what} is a number of seconds above 0, and not {value!r}")
     return float(value)
-
-
-def stack_level() -> int:
-    """For `warnings.warn`, where this is called: the line outside of hwpoison that has led there."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "hwpoison":
-        frame, level = frame.f_back, level + 1
-    return level

@@ -1,4 +1,4 @@
-"""The errors that an application meets, and nothing else.
+"""The errors and warnings that an application meets, and nothing else.
 
 Bad arguments raise what the standard library raises for them (`ValueError`, `FileNotFoundError`, ...). Only two things
 have no standard name: bytes that are gone, and a machine that lacks what is needed.
@@ -6,6 +6,8 @@ have no standard name: bytes that are gone, and a machine that lacks what is nee
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -46,3 +48,11 @@ class PoisonError(OSError):
 
 class UnsupportedError(OSError):
     """This machine lacks something that is needed; the message says what, and how to get it. `errno` is the kernel's."""
+
+
+def warn(said: str, category: type[Warning]) -> None:
+    """At the line outside of hwpoison that has led here."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "hwpoison":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(said, category, stacklevel=level)

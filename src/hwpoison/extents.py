@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, SupportsIndex
 
 import numpy
 import numpy.lib.format
@@ -42,8 +43,8 @@ def extent(array: numpy.ndarray[Any, Any]) -> tuple[int, int]:
 def array_over(
     buffer: memoryview,
     dtype: numpy.typing.DTypeLike,
-    shape: int | tuple[int, ...] | None,
-    offset: int,
+    shape: SupportsIndex | Iterable[SupportsIndex] | None,
+    offset: SupportsIndex,
     order: Literal["C", "F"],
 ) -> numpy.ndarray[Any, Any]:
     """A numpy array over a buffer, with the arguments that `numpy.memmap` has."""
@@ -52,23 +53,23 @@ def array_over(
         raise ValueError(f"{item} holds Python objects; managed memory holds bytes: choose another dtype")
     if not item.itemsize:
         raise ValueError(f"{item!r} has items of 0 bytes; choose another dtype")
-    offset = whole("offset", offset)
-    if offset > len(buffer):
-        raise ValueError(f"offset {offset} is not within the {len(buffer)} bytes")
-    if offset < 0:
-        raise ValueError(f"offset {offset}: must be 0 or more")
+    first = whole("offset", offset)
+    if first > len(buffer):
+        raise ValueError(f"offset {first} is not within the {len(buffer)} bytes")
+    if first < 0:
+        raise ValueError(f"offset {first}: must be 0 or more")
     if shape is not None:
-        shape = shape_of(shape)
+        lengths = shape_of(shape)
     else:
-        if (len(buffer) - offset) % item.itemsize:
-            raise ValueError(f"{len(buffer) - offset} bytes from offset {offset} are no whole number of {item}; pass shape=")
-        shape = ((len(buffer) - offset) // item.itemsize,)
+        if (len(buffer) - first) % item.itemsize:
+            raise ValueError(f"{len(buffer) - first} bytes from offset {first} are no whole number of {item}; pass shape=")
+        lengths = ((len(buffer) - first) // item.itemsize,)
     try:
         # Of a memoryview, numpy would keep only the mapping behind it, which could be closed under the array then.
-        return numpy.ndarray(shape, item, numpy.frombuffer(buffer, "u1"), offset, order=order)
+        return numpy.ndarray(lengths, item, numpy.frombuffer(buffer, "u1"), first, order=order)
     except TypeError as error:
         raise ValueError(
-            f"shape {shape} of {item} at offset {offset} needs more than the {len(buffer)} bytes: {error}"
+            f"shape {lengths} of {item} at offset {first} needs more than the {len(buffer)} bytes: {error}"
         ) from None
 
 

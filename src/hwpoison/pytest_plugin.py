@@ -31,14 +31,16 @@ def _hwpoison() -> Iterator[Faults]:
         yield faults
     finally:
         faults.end()
-    undeclared = faults.undeclared()
-    if undeclared:
-        listed = "\n  ".join(undeclared)
-        pytest.fail(
-            f"{len(undeclared)} undeclared losses: repair() or discard() them in the program, or declare() them in the test:"
-            f"\n  {listed}",
-            pytrace=False,
-        )
+    # Of a test that has failed, or of what fixtures have done since.
+    faults.check()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """After the test's function, if that has not failed: so it is the test that fails, and not what cleans up behind it."""
+    faults = getattr(item, "funcargs", {}).get("hwpoison")
+    if isinstance(faults, Faults):
+        faults.check()
 
 
 class Faults:
@@ -49,6 +51,8 @@ class Faults:
         self._struck: dict[str, tuple[Failure, BaseManager, Path]] = {}
         """Failures that have cost data, by event id, each with its manager and the log of that."""
         self._declared: set[str] = set()
+        self._told: list[str] = []
+        """The test has failed for them."""
         self._policy: Policy | None = None
         self._has_policy = False
 
@@ -95,13 +99,23 @@ class Faults:
 
     def undeclared(self) -> list[str]:
         """What was lost and neither repaired nor discarded nor declared, in words."""
-        found = []
-        for event_id, (failure, manager, log) in self._struck.items():
-            if event_id not in self._declared and not _handled(event_id, manager, log):
-                found.append(
-                    f"{failure.name!r}: {failure.nbytes} bytes at offset {failure.offset:#x}, {failure.state} [{event_id}]"
-                )
-        return found
+        return [
+            f"{failure.name!r}: {failure.nbytes} bytes at offset {failure.offset:#x}, {failure.state} [{event_id}]"
+            for event_id, (failure, manager, log) in list(self._struck.items())
+            if event_id not in self._declared and not _handled(event_id, manager, log)
+        ]
+
+    def check(self) -> None:
+        """Fail the test for what is undeclared, once."""
+        found = [one for one in self.undeclared() if one not in self._told]
+        if found:
+            self._told += found
+            listed = "\n  ".join(found)
+            pytest.fail(
+                f"{len(found)} undeclared losses: repair() or discard() them in the program, or declare() them in the test:"
+                f"\n  {listed}",
+                pytrace=False,
+            )
 
     def end(self) -> None:
         """The test is over."""

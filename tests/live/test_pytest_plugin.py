@@ -145,11 +145,23 @@ def test_forgets_and_closes(hwpoison):
 def test_another_is_well(hwpoison, table):
     hwpoison.strike(table.array, 17)
     table.sum()
+
+@pytest.fixture
+def strikes_again(hwpoison, table):
+    yield
+    hwpoison.strike(table.array, 3)
+
+def test_what_is_lost_behind_it_is_an_error_of_its_own(hwpoison, table, strikes_again):
+    hwpoison.strike(table.array, 17)
+
+@pytest.mark.xfail(strict=True)
+def test_known(hwpoison, table):
+    hwpoison.strike(table.array, 17)
 """,
     )
     assert status == 1, said
-    assert "3 passed, 2 errors" in said
-    assert "1 undeclared losses" in said
+    assert "3 failed, 1 passed, 1 xfailed, 1 error" in said
+    assert said.count("\n1 undeclared losses: ") == 4
     assert "'table'" in said
     assert "'closed'" in said
 

@@ -9,10 +9,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy
 
-from hwpoison import plain
 from hwpoison.app.manager import SOCKET_VARIABLE, BaseManager, Manager, connect
 from hwpoison.app.memory import Memory, all_memories
 from hwpoison.extents import as_array, extent, header_of, reach
+from hwpoison.plain.memory import all_memories as all_plain_memories
 
 
 class Location(NamedTuple):
@@ -27,7 +27,7 @@ def locate(array: object) -> Location:
     """Where an array, or anything that exports a buffer, lies: from its first byte to its last, with what its strides leave
     out between. Raises ValueError if it is not in managed memory, or in one that nobody refers to any more but by views."""
     begin, end = extent(as_array(array))
-    memories: list[Any] = [*all_memories(), *plain.all_memories()]
+    memories: list[Any] = [*all_memories(), *all_plain_memories()]
     for memory in memories:
         for address in memory.addresses():
             if address <= begin and end <= address + memory.nbytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, SupportsIndex, TypeVar, cast, overload
 
 from hwpoison.app.efault import lost_by
 from hwpoison.app.view import GuardedView, Mark, Visit
@@ -12,10 +12,14 @@ from hwpoison.errors import PoisonError, Range
 from hwpoison.extents import array_over
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import numpy
     import numpy.typing
 
     from hwpoison.app.memory import Memory
+
+Views = TypeVar("Views")
 
 
 class SafeView:
@@ -42,9 +46,9 @@ class SafeView:
     def array(
         self,
         dtype: numpy.typing.DTypeLike = "u1",
-        shape: int | tuple[int, ...] | None = None,
+        shape: SupportsIndex | Iterable[SupportsIndex] | None = None,
         *,
-        offset: int = 0,
+        offset: SupportsIndex = 0,
         order: Literal["C", "F"] = "C",
     ) -> numpy.ndarray[Any, Any]:
         """As `Memory.array`, read-only."""
@@ -66,7 +70,7 @@ class SafeView:
             mark.seen = count
 
 
-class guard:  # noqa: N801  (used as a function)
+class guard(Generic[Views]):  # noqa: N801  (used as a function)
     """`with guard(memory) as safe:` or `with guard(one, other) as (safe_one, safe_other):`.
 
     Lost bytes read as zeros in its views, until the block ends, which raises `PoisonError`, or `safe.check()` does. Nothing
@@ -87,6 +91,13 @@ class guard:  # noqa: N801  (used as a function)
 
     __slots__ = ("_memories", "_visits")
 
+    @overload
+    def __init__(self: guard[SafeView], memory: Memory, /) -> None: ...
+    @overload
+    def __init__(self: guard[tuple[SafeView, SafeView]], one: Memory, other: Memory, /) -> None: ...
+    @overload
+    def __init__(self: guard[tuple[SafeView, ...]], *memories: Memory) -> None: ...
+
     def __init__(self, *memories: Memory) -> None:
         if not memories:
             raise ValueError("guard() needs at least one memory")
@@ -96,7 +107,7 @@ class guard:  # noqa: N801  (used as a function)
         self._memories = memories
         self._visits: list[Visit] = []
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> Views:
         try:
             # Some are left if a signal handler raised in `__exit__`.
             self._end()
@@ -105,7 +116,7 @@ class guard:  # noqa: N801  (used as a function)
                 view, visit = memory._visit()
                 self._visits.append(visit)
                 views.append(SafeView(memory, view, self._visits[-1].mark))
-            return views[0] if len(views) == 1 else tuple(views)
+            return cast("Views", views[0] if len(views) == 1 else tuple(views))
         except BaseException:
             self._end()
             raise

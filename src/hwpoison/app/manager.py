@@ -10,17 +10,17 @@ import socket
 import subprocess
 import sys
 import threading
-import warnings
 import weakref
+from abc import ABC
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from socket import AF_UNIX, SOCK_SEQPACKET
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, SupportsIndex
 
 from hwpoison import events as event_log
-from hwpoison import plain, protocol
+from hwpoison import protocol
 from hwpoison.app import (
     fork,  # noqa: F401  (from now on a forked child has everything again)
     guard,  # noqa: F401  (a thread that imports holds a lock that would stay locked in a child which another thread forks)
@@ -28,13 +28,15 @@ from hwpoison.app import (
 from hwpoison.app.connection import Channel, Connection, Descriptor, NoWelcomeError
 from hwpoison.app.memory import Memory
 from hwpoison.app.notices import Notices, NoticeStream
-from hwpoison.checking import memory_limit_of, name_of, not_negative, seconds_of, stack_level, text, true_or_false, whole
+from hwpoison.checking import memory_limit_of, name_of, not_negative, seconds_of, text, true_or_false, whole
 from hwpoison.core.records import Capabilities, Failure, Policy, Report, Source
-from hwpoison.errors import UnsupportedError
+from hwpoison.errors import UnsupportedError, warn
 from hwpoison.linux.files import checked_file
 from hwpoison.linux.pairs import pair
 from hwpoison.linux.syscalls import PAGE_SIZE
 from hwpoison.linux.userfaultfd import NO_FEATURE, Feature, open_userfaultfd
+from hwpoison.plain import manager as plain
+from hwpoison.plain.memory import Memory as PlainMemory
 
 SOCKET_VARIABLE = "HWPOISON_SOCKET"
 
@@ -48,7 +50,7 @@ CONNECT_ATTEMPTS = 10
 _managers: weakref.WeakSet[BaseManager] = weakref.WeakSet()
 
 
-class BaseManager:
+class BaseManager(ABC):  # noqa: B024  (plain ones are registered)
     """What a private and a shared manager have in common."""
 
     def __init__(self, connection: Connection) -> None:
@@ -76,7 +78,7 @@ class BaseManager:
     # --- memory
 
     def allocate(
-        self, nbytes: int, name: str | None = None, *, persistent: bool = False, populate: bool | None = None
+        self, nbytes: SupportsIndex, name: str | None = None, *, persistent: bool = False, populate: bool | None = None
     ) -> Memory:
         """Anonymous memory, all zeros. It lives as long as any process has it open; with `persistent`, which needs a name,
         until `unlink`, or the manager's end (a private one ends with its last process).
@@ -111,8 +113,8 @@ class BaseManager:
         self,
         path: str | os.PathLike[str],
         mode: Literal["r", "r+"] = "r",
-        offset: int = 0,
-        nbytes: int | None = None,
+        offset: SupportsIndex = 0,
+        nbytes: SupportsIndex | None = None,
         *,
         name: str | None = None,
     ) -> Memory:
@@ -194,7 +196,7 @@ class BaseManager:
 
     # --- failures
 
-    def inject(self, memory: str | Memory, offset: int, action_required: bool = False) -> Failure:
+    def inject(self, memory: str | Memory, offset: SupportsIndex, action_required: bool = False) -> Failure:
         """A simulated failure of the page at byte `offset`: handled as a real one, but no hardware is blamed.
 
         Returns the handling: `event_id` (of its events in the log), `state` (what the page was), `outcome`, `victims`
@@ -202,10 +204,10 @@ class BaseManager:
         `nbytes` of what failed, `reason` (where there is more to say) and `already_poisoned`. Raises FileNotFoundError for
         an unknown name, ValueError for an offset outside.
         """
-        offset = not_negative("offset", offset)
+        checked = not_negative("offset", offset)
         action_required = true_or_false("action_required", action_required)
         return self._report(
-            Report(name=self._name(memory), offset=offset, source=Source.INJECTED, action_required=action_required)
+            Report(name=self._name(memory), offset=checked, source=Source.INJECTED, action_required=action_required)
         )
 
     def report(
@@ -342,8 +344,7 @@ class BaseManager:
             self.connection.when_unmapped = self._end_if_unused
         try:
             if kept:
-                said = f"still in use, kept by their views: {', '.join(kept)}"
-                warnings.warn(said, ResourceWarning, stacklevel=stack_level())
+                warn(f"still in use, kept by their views: {', '.join(kept)}", ResourceWarning)
         finally:
             # Also where warnings are errors: it is said once, and the warning is its context.
             if errors:
@@ -389,7 +390,7 @@ class Manager(BaseManager):
             try:
                 os.close(open_userfaultfd().fd)
             except UnsupportedError as error:
-                return plain.unmanaged(str(error.strerror), **options)  # type: ignore[return-value]
+                return plain.Manager(required=False, why=str(error.strerror), **options)  # type: ignore[return-value]
         return super().__new__(cls)
 
     def __init__(
@@ -539,6 +540,12 @@ def _whose(socket_name: str) -> str:
         "start one of your own with hwpoison serve"
     )
 
+
+# Where memory can't be managed, what there is instead is one of these to a program all the same.
+BaseManager.register(plain.BaseManager)
+Manager.register(plain.Manager)
+SharedManager.register(plain.SharedManager)
+Memory.register(PlainMemory)
 
 _shared: list[SharedManager] = []
 """Those that were connected for pickled memories: nobody else keeps them."""

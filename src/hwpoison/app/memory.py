@@ -6,11 +6,12 @@ import errno
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from abc import ABC
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 import numpy
 import numpy.typing
@@ -20,8 +21,7 @@ from hwpoison.app.connection import Channel, Descriptor, Reply
 from hwpoison.app.mapping import map_object, register
 from hwpoison.app.notices import Handle, Notice, NoticeStream, policy_of
 from hwpoison.app.view import GuardedView, Visit, memory_of
-from hwpoison.checking import as_bytes, range_of, true_or_false
-from hwpoison.core.machine import Content
+from hwpoison.checking import Data, as_bytes, range_of, true_or_false, whole_pages
 from hwpoison.core.records import Policy
 from hwpoison.errors import PoisonError, Range
 from hwpoison.extents import array_over
@@ -41,7 +41,7 @@ def all_memories() -> list[Memory]:
     return [one for one in found if one is not None and not one.closed and one._connection.owner == os.getpid()]
 
 
-class Memory:
+class Memory(ABC):  # noqa: B024  (plain ones are registered)
     """An object of a manager, mapped in this process. Made by `allocate`, `open` and `attach`, never directly.
 
     `name`, `nbytes`, `kind` ("anonymous" or "file"), `writable` and `address` (of the mapping) are what they say. An
@@ -166,9 +166,9 @@ class Memory:
     def array(
         self,
         dtype: numpy.typing.DTypeLike = "u1",
-        shape: int | tuple[int, ...] | None = None,
+        shape: SupportsIndex | Iterable[SupportsIndex] | None = None,
         *,
-        offset: int = 0,
+        offset: SupportsIndex = 0,
         order: Literal["C", "F"] = "C",
     ) -> numpy.ndarray[Any, Any]:
         """A numpy array over the same bytes from byte `offset` on; `shape` None: as many items as there are.
@@ -179,44 +179,42 @@ class Memory:
 
     # --- content
 
-    def read(self, offset: int, nbytes: int) -> bytes:
+    def read(self, offset: SupportsIndex, nbytes: SupportsIndex) -> bytes:
         """A copy of bytes. Raises PoisonError, naming all that is lost of them; ValueError outside the memory."""
-        offset, nbytes = self._checked_range(offset, nbytes)
+        begin, length = self._checked_range(offset, nbytes)
         view, visit = self._visit(tells=False)
         try:
-            content = bytes(view.buffer[offset : offset + nbytes])
+            content = bytes(view.buffer[begin : begin + length])
         finally:
             met = visit.leave()
             visit.told()
         # An overlapping guard may have met other losses.
-        begin, end = offset // PAGE_SIZE * PAGE_SIZE, offset + nbytes
-        met = [one for one in met if one.offset < end and begin < one.offset + one.nbytes]
+        page, end = begin // PAGE_SIZE * PAGE_SIZE, begin + length
+        met = [one for one in met if one.offset < end and page < one.offset + one.nbytes]
         if met:
             raise PoisonError(met)
         return content
 
-    def write(self, offset: int, data: Content) -> None:
+    def write(self, offset: SupportsIndex, data: Data) -> None:
         """Store bytes. Lost pages that `data` covers whole are repaired.
 
         Raises PoisonError, with nothing written, if a page that is covered in part is lost; ValueError outside the memory;
         PermissionError if it is read-only. Pages that are lost while this writes are told by PoisonError too.
         """
         view = as_bytes(data)
-        offset, _ = self._checked_range(offset, len(view))
+        begin, length = self._checked_range(offset, len(view))
+        end = begin + length
         if not self.writable:
             raise PermissionError(errno.EACCES, f"{self.name!r} is open read-only; open it with mode 'r+'")
         # Pieces begin at pages, so that a page is never covered by two of them. The manager refuses a piece whole.
-        pieces = [
-            offset,
-            *range((offset // PAGE_SIZE) * PAGE_SIZE + protocol.DATA_LIMIT, offset + len(view), protocol.DATA_LIMIT),
-        ]
+        pieces = [begin, *range((begin // PAGE_SIZE) * PAGE_SIZE + protocol.DATA_LIMIT, end, protocol.DATA_LIMIT)]
         if len(pieces) > 1:
-            refused = self._lost_in_part(offset, len(view))
+            refused = self._lost_in_part(begin, length)
             if refused:
                 raise PoisonError(refused)
-        for start, end in zip(pieces, [*pieces[1:], offset + len(view)], strict=True):
-            data = bytes(view[start - offset : end - offset])
-            self._ask(protocol.Write(self._number, start, data), protocol.Done)
+        for start, stop in zip(pieces, [*pieces[1:], end], strict=True):
+            piece = bytes(view[start - begin : stop - begin])
+            self._ask(protocol.Write(self._number, start, piece), protocol.Done)
 
     def _lost_in_part(self, offset: int, nbytes: int) -> list[Range]:
         """The lost pages that the range covers, but not whole: its first or its last page."""
@@ -229,29 +227,30 @@ class Memory:
             and any(one.offset <= edge < one.offset + one.nbytes for one in self.lost())
         ]
 
-    def prefetch(self, offset: int = 0, nbytes: int | None = None) -> None:
+    def prefetch(self, offset: SupportsIndex = 0, nbytes: SupportsIndex | None = None) -> None:
         """Bring bytes in, and return when they are there; other threads run meanwhile.
 
         A hint: what does not fit into the manager's memory limit, or can't be read, is left for its first access.
         """
-        offset, nbytes = self._checked_range(offset, nbytes)
-        self._ask(protocol.Prefetch(self._number, offset, nbytes), protocol.Done)
+        self._ask(protocol.Prefetch(self._number, *self._checked_range(offset, nbytes)), protocol.Done)
 
     @contextmanager
-    def resident(self, offset: int = 0, nbytes: int | None = None, write: bool = False) -> Iterator[memoryview]:
+    def resident(
+        self, offset: SupportsIndex = 0, nbytes: SupportsIndex | None = None, write: bool = False
+    ) -> Iterator[memoryview]:
         """Within the block, system calls can use these bytes, also where userfaultfd is in user mode: `file.readinto(view)`.
 
         `write`: calls may store into them; all of them count as changed then. Raises `PoisonError` if some are lost,
         OSError (ENOMEM) for more than the memory limit leaves. What fails meanwhile is refused with EFAULT even so.
         """
-        offset, nbytes = self._checked_range(offset, nbytes)
+        begin, length = self._checked_range(offset, nbytes)
         write = true_or_false("write", write)
         if write and not self.writable:
             raise PermissionError(f"memory {self.name!r} is read-only; open it with mode 'r+'")
         number = next(self._numbers)
         try:
-            self._ask(protocol.Resident(self._number, number, offset, nbytes, write), protocol.Done)
-            part = self.buffer[offset : offset + nbytes]
+            self._ask(protocol.Resident(self._number, number, begin, length, write), protocol.Done)
+            part = self.buffer[begin : begin + length]
             with part if write else part.toreadonly() as view:
                 yield view
         finally:
@@ -289,36 +288,30 @@ class Memory:
         reply = self._ask(protocol.Lost(self._number), protocol.Ranges)
         return [Range(self.name, *one) for one in reply.ranges]
 
-    def repair(self, offset: int, data: Content) -> int:
+    def repair(self, offset: SupportsIndex, data: Data) -> int:
         """Give lost pages their right content, each in one step: nobody ever sees zeros. Returns the bytes repaired.
 
         `data` covers whole pages; those of them that are not lost stay as they are. Raises ValueError if it does not,
         PermissionError if the memory is read-only.
         """
         view = as_bytes(data)
-        offset, _ = self._checked_range(offset, len(view))
-        end = offset + len(view)
-        if len(view) and (offset % PAGE_SIZE or (end % PAGE_SIZE and end != self.nbytes)):
-            # The manager says so too, but it gets the data in pieces: none must be repaired before the last is refused.
-            raise ValueError(
-                f"repair needs whole pages, and bytes {offset} to {end} are none: begin at a multiple of {PAGE_SIZE}, and "
-                f"end at one or at the end of {self.name!r} ({self.nbytes})"
-            )
+        begin, length = self._checked_range(offset, len(view))
+        # The manager says so too, but it gets the data in pieces: none must be repaired before the last is refused.
+        whole_pages(self.name, self.nbytes, begin, begin + length, PAGE_SIZE)
         repaired = 0
         for start in range(0, len(view), protocol.DATA_LIMIT):
             piece = bytes(view[start : start + protocol.DATA_LIMIT])
-            request = protocol.Repair(self._number, offset + start, piece)
+            request = protocol.Repair(self._number, begin + start, piece)
             repaired += self._ask(request, protocol.Count).nbytes
         return repaired
 
-    def discard(self, offset: int = 0, nbytes: int | None = None) -> int:
+    def discard(self, offset: SupportsIndex = 0, nbytes: SupportsIndex | None = None) -> int:
         """Give up every lost page that the range touches, whole: zeros, or what the file holds now. Returns the bytes
         discarded.
 
         Pages that are not lost stay as they are. Raises OSError if the file can't be read.
         """
-        offset, nbytes = self._checked_range(offset, nbytes)
-        return self._ask(protocol.Discard(self._number, offset, nbytes), protocol.Count).nbytes
+        return self._ask(protocol.Discard(self._number, *self._checked_range(offset, nbytes)), protocol.Count).nbytes
 
     def notices(self) -> NoticeStream:
         """Each loss that stands now, and then each that comes, once, in order: an iterator, an asynchronous iterator, and
@@ -435,7 +428,7 @@ class Memory:
                 raise ValueError(f"memory {self.name!r} is closed") from error
             raise
 
-    def _checked_range(self, offset: int, nbytes: int | None) -> tuple[int, int]:
+    def _checked_range(self, offset: SupportsIndex, nbytes: SupportsIndex | None) -> tuple[int, int]:
         """As whole numbers; `nbytes` None is all the rest."""
         self._check_open()
         return range_of(self.name, self.nbytes, offset, nbytes)

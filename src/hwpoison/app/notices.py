@@ -12,6 +12,7 @@ import select
 import signal
 import socket
 import threading
+from abc import ABC
 from collections import deque
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -24,6 +25,7 @@ from hwpoison.app.mapping import all_mapped
 from hwpoison.core import records
 from hwpoison.core.records import Policy
 from hwpoison.linux import syscalls
+from hwpoison.plain import notices as plain
 
 if TYPE_CHECKING:
     from hwpoison.app.connection import Connection
@@ -69,7 +71,7 @@ class Entry:
         """The last loss that was delivered of each page, by object and offset: a forked child has them from its parent."""
 
 
-class Handle:
+class Handle(ABC):  # noqa: B024  (plain ones are registered)
     """What `Memory.on_failure` returns: `cancel()` ends the calls. Calling it calls the function."""
 
     def __init__(self, notices: Notices, entry: Entry) -> None:
@@ -316,6 +318,7 @@ def set_policy(policy: Policy | str | None) -> None:
     """For all memories of this process that have none of their own; None: each manager's. As prctl(PR_MCE_KILL) for the
     kernel's. Raises ValueError for an unknown one."""
     _default[0] = None if policy is None else Policy(policy)
+    plain.set_policy(policy)
     for one in all_mapped():
         if policy_of(one.connection, one.policy) is Policy.EARLY:
             one.connection.listen()
@@ -369,7 +372,7 @@ class _Queue:
         close(self.fd)
 
 
-class NoticeStream:
+class NoticeStream(ABC):  # noqa: B024  (plain ones are registered)
     """What `notices()` returns: an iterator and an asynchronous one, of each loss that stands and then of each that comes,
     once. It ends when the memory or the manager is closed, or by `close()`.
 
@@ -444,3 +447,7 @@ class NoticeStream:
         # Not there if the registration has failed.
         if hasattr(self, "_entry"):
             self._notices.remove(self._entry)
+
+
+Handle.register(plain.Handle)
+NoticeStream.register(plain.NoticeStream)
