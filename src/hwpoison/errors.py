@@ -30,7 +30,8 @@ class PoisonError(OSError):
     """
 
     def __init__(self, ranges: Iterable[Range]) -> None:
-        self.ranges = tuple(Range(*one) for one in ranges)
+        # A forked child may meet what its parent had met before in the same guard.
+        self.ranges = tuple(dict.fromkeys(Range(*one) for one in ranges))
         if not self.ranges:
             raise ValueError("a PoisonError needs at least one range: pass the ranges that are lost")
         self.name, self.offset, self.nbytes = self.ranges[0]
