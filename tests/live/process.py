@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import hwpoison
+from hwpoison.linux.syscalls import PAGE_SIZE
 from tests.support import SECONDS_MAX, wait_until
 
 _PRELUDE = """
@@ -172,3 +173,38 @@ class serving:  # noqa: N801  (used as a function)
 def state_of(pid: int) -> str:
     """As in `ps`: T is stopped, Z has ended."""
     return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+
+
+def stop(pid: int) -> None:
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T", "it is stopped")
+
+
+def open_of(pid: int, name: str) -> str:
+    """The way to a descriptor of a process."""
+    for one in os.listdir(f"/proc/{pid}/fd"):
+        if name in os.readlink(f"/proc/{pid}/fd/{one}"):
+            return f"/proc/{pid}/fd/{one}"
+    raise AssertionError(f"process {pid} has no {name} open")
+
+
+def commands(parent: int) -> list[str]:
+    """The command lines of its children."""
+    found = []
+    for one in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        try:
+            found.append(Path(f"/proc/{one}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+        except OSError:
+            continue
+    return found
+
+
+def pending(pid: int, number: signal.Signals) -> bool:
+    """A signal was sent to the process that it has not taken yet."""
+    found = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith(("SigPnd", "ShdPnd"))]
+    return any(int(line.split()[1], 16) & (1 << (number - 1)) for line in found)
+
+
+def page(letter: str) -> bytes:
+    """One, full of that."""
+    return letter.encode() * PAGE_SIZE
