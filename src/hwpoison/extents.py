@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, SupportsIndex
 
 import numpy
@@ -19,6 +18,9 @@ def as_array(value: object) -> numpy.ndarray[Any, Any]:
     if isinstance(value, numpy.ndarray):
         return value
     try:
+        if isinstance(value, numpy.generic):
+            # Most are copies, and those that are not have buffers which nobody understands.
+            raise TypeError
         view = memoryview(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"an array, or something with a buffer, and not {type(value).__name__}") from None
@@ -84,16 +86,9 @@ class Header(NamedTuple):
 
 def header_of(path: str | os.PathLike[str]) -> Header:
     """Raises ValueError if it is no .npy file, or one of Python objects."""
-    with Path(path).open("rb") as file:
-        try:
-            version = numpy.lib.format.read_magic(file)
-            read = {(1, 0): numpy.lib.format.read_array_header_1_0, (2, 0): numpy.lib.format.read_array_header_2_0}
-            if version not in read:
-                raise ValueError(f"version {version} of the format is not known")
-            shape, fortran, dtype = read[version](file)
-        except ValueError as error:
-            raise ValueError(f"{os.fspath(path)!r} is no .npy file of numbers: {error}") from None
-        offset = file.tell()
-    if dtype.hasobject:
-        raise ValueError(f"{os.fspath(path)!r} has Python objects in it, which managed memory can't hold")
-    return Header(dtype, shape, offset, "F" if fortran else "C")
+    try:
+        # That maps the file, and reads nothing of it but this.
+        mapped = numpy.lib.format.open_memmap(path, mode="r")
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)!r} is no .npy file of numbers: {error}") from None
+    return Header(mapped.dtype, mapped.shape, mapped.offset, "C" if mapped.flags.c_contiguous else "F")

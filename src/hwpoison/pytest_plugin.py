@@ -5,18 +5,23 @@ pytest loads this wherever hwpoison is installed, so nothing else is loaded befo
 
 from __future__ import annotations
 
+import operator
+import os
 import random
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from datetime import UTC, datetime
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import pytest
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from hwpoison import BaseManager, Failure, Memory, Policy
+    from hwpoison import BaseManager, Failure, LoggedEvent, Memory, Policy
 
 HANDLED = ("repair", "discard")
 """Events of a loss that somebody has dealt with."""
@@ -24,8 +29,8 @@ HANDLED = ("repair", "discard")
 
 @pytest.fixture(name="hwpoison")
 def _hwpoison() -> Iterator[Faults]:
-    """Failures of managed memory, as the test wants them: `strike`, `storm`, `policy`, `declare`. The test fails if data was
-    lost by them that nobody has repaired, discarded or declared."""
+    """Failures of managed memory, as the test wants them: `strike`, `storm`, `policy`, `declare`. The test fails if this
+    process has lost data, by them or otherwise, that nobody has repaired, discarded or declared."""
     faults = Faults()
     try:
         yield faults
@@ -48,16 +53,22 @@ class Faults:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._struck: dict[str, tuple[Failure, BaseManager, Path]] = {}
-        """Failures that have cost data, by event id, each with its manager and the log of that."""
+        self._struck: dict[str, tuple[Failure, Memory]] = {}
+        """Failures by `strike` and `storm` that have cost data, by event id."""
         self._declared: set[str] = set()
-        self._told: list[str] = []
+        self._told: set[str] = set()
         """The test has failed for them."""
         self._policy: Policy | None = None
         self._has_policy = False
+        self._logs = {_default_log(): _last_event(_default_log())}
+        """The event logs that there are, and the last event in each before the test as far as that is known."""
+        self._begun = datetime.now(UTC)
 
-    def strike(self, target: Any, index: int | tuple[int, ...] = 0, *, action_required: bool = False) -> Failure:
-        """The page with item `index` of an array, or byte `index` of a `Memory`, fails; what came of it.
+    def strike(
+        self, target: Any, index: SupportsIndex | tuple[SupportsIndex, ...] | None = None, *, action_required: bool = False
+    ) -> Failure:
+        """The page with item `index` of an array, or byte `index` of a `Memory`, fails; what came of it. Without an index it
+        is the first one.
 
         It is a simulated failure, handled as a real one. Raises ValueError if the array does not lie in managed memory,
         IndexError for an index outside.
@@ -73,8 +84,7 @@ class Faults:
         `pause` seconds between. At the block's end it stops; what it raised is raised there."""
         if not targets:
             raise ValueError("storm() needs arrays or memories to strike")
-        places = [(memory, offset, max(nbytes, 1)) for memory, offset, nbytes in map(_located, targets)]
-        storm = Storm(self, places, failures, seed, pause)
+        storm = Storm(self, [_Target(one) for one in targets], failures, seed, pause)
         storm.thread.start()
         try:
             yield storm
@@ -85,32 +95,31 @@ class Faults:
 
     def policy(self, policy: Policy | str | None) -> None:
         """As `hwpoison.set_policy`, until the test ends."""
-        from hwpoison.app.notices import default_policy, set_policy
+        from hwpoison import set_policy
 
-        before = default_policy()
+        before = import_module(set_policy.__module__).default_policy()
         set_policy(policy)
         if not self._has_policy:
             self._policy, self._has_policy = before, True
 
     def declare(self, *failures: Failure) -> None:
-        """These losses are meant to be; none given: all so far."""
-        with self._lock:
-            self._declared.update([one.event_id for one in failures] or self._struck)
+        """These losses are meant to be."""
+        self._declared.update(one.event_id for one in failures)
+
+    def declare_all(self) -> None:
+        """All losses so far are meant to be."""
+        self._declared.update(self._lost())
 
     def undeclared(self) -> list[str]:
         """What was lost and neither repaired nor discarded nor declared, in words."""
-        return [
-            f"{failure.name!r}: {failure.nbytes} bytes at offset {failure.offset:#x}, {failure.state} [{event_id}]"
-            for event_id, (failure, manager, log) in list(self._struck.items())
-            if event_id not in self._declared and not _handled(event_id, manager, log)
-        ]
+        return list(self._undeclared().values())
 
     def check(self) -> None:
         """Fail the test for what is undeclared, once."""
-        found = [one for one in self.undeclared() if one not in self._told]
+        found = {event_id: said for event_id, said in self._undeclared().items() if event_id not in self._told}
         if found:
-            self._told += found
-            listed = "\n  ".join(found)
+            self._told |= found.keys()
+            listed = "\n  ".join(found.values())
             pytest.fail(
                 f"{len(found)} undeclared losses: repair() or discard() them in the program, or declare() them in the test:"
                 f"\n  {listed}",
@@ -120,30 +129,60 @@ class Faults:
     def end(self) -> None:
         """The test is over."""
         if self._has_policy:
-            from hwpoison.app.notices import set_policy
+            from hwpoison import set_policy
 
             set_policy(self._policy)
 
     def _note(self, failure: Failure, memory: Memory) -> None:
         if failure.victims:
-            manager = memory.manager
-            log = manager.log_place()[0]
+            log = memory.manager.log_place()[0]
             with self._lock:
-                self._struck[failure.event_id] = (failure, manager, log)
+                self._logs.setdefault(log, 0)
+                self._struck[failure.event_id] = (failure, memory)
+
+    def _undeclared(self) -> dict[str, str]:
+        return {event_id: said for event_id, said in self._lost().items() if event_id not in self._declared}
+
+    def _lost(self) -> dict[str, str]:
+        """What was lost and not dealt with, in words: of what this has struck, and of what this process has lost besides.
+
+        By the event logs, which have all of it, whoever has caused it and whatever has been closed since; where none can be
+        written, by what the memories say.
+        """
+        with self._lock:
+            struck, logs = dict(self._struck), dict(self._logs)
+        _wait_for_logs([memory.manager for _, memory in struck.values()])
+        lost = {
+            event_id: _said(failure.name, failure.offset, failure.nbytes, event_id)
+            for event_id, (failure, _) in struck.items()
+        }
+        there = False
+        for log, before in logs.items():
+            with suppress(FileNotFoundError):
+                events = [one for one in _events(log, before) if one.time >= self._begun]
+                there = True
+                lost |= {
+                    one.event_id: _said(one.name, one.offset, one.nbytes, one.event_id)
+                    for one in events if one.kind == "victim" and one.pid == os.getpid()
+                }  # fmt: skip
+                for one in events:
+                    if one.kind in HANDLED:
+                        lost.pop(one.event_id, None)
+        if not there:
+            lost = {event_id: said for event_id, said in lost.items() if _still_lost(*struck[event_id])}
+        return lost
 
 
 class Storm:
     """Failures that come while something else runs; `struck` are those so far."""
 
-    def __init__(
-        self, faults: Faults, places: list[tuple[Memory, int, int]], failures: int, seed: int, pause: float
-    ) -> None:
+    def __init__(self, faults: Faults, targets: list[_Target], failures: int, seed: int, pause: float) -> None:
         self.struck: list[Failure] = []
         self.error: BaseException | None = None
         self.over = threading.Event()
         """Set when all failures have been."""
         self._faults = faults
-        self._places = places
+        self._targets = targets
         self._failures = failures
         self._random = random.Random(seed)
         self._pause = pause
@@ -153,8 +192,9 @@ class Storm:
     def _run(self) -> None:
         try:
             for _ in range(self._failures):
-                memory, offset, nbytes = self._random.choice(self._places)
-                failure = memory.manager.inject(memory, offset + self._random.randrange(nbytes))
+                target = self._random.choice(self._targets)
+                memory = target.memory
+                failure = memory.manager.inject(memory, target.any_byte(self._random))
                 self.struck.append(failure)
                 self._faults._note(failure, memory)
                 if self._stop.wait(self._pause):
@@ -169,34 +209,92 @@ class Storm:
         self.thread.join()
 
 
-def _located(target: Any) -> tuple[Memory, int, int]:
-    from hwpoison import Memory, locate
+class _Target:
+    """What a storm strikes: the bytes of the array's items, and not what its strides leave out."""
 
-    return (target, 0, target.nbytes) if isinstance(target, Memory) else tuple(locate(target))  # type: ignore[return-value]
+    def __init__(self, target: Any) -> None:
+        from hwpoison import Memory, locate
+        from hwpoison.extents import as_array, reach
+
+        self._shape: tuple[int, ...]
+        self._strides: tuple[int, ...]
+        if isinstance(target, Memory):
+            self.memory, self._first = target, 0
+            self._shape, self._strides, self._itemsize = (target.nbytes,), (1,), 1
+            return
+        array = as_array(target)
+        if not array.size:
+            raise ValueError(f"an array of shape {array.shape} has no item to strike")
+        self.memory, offset, _ = locate(array)
+        self._first = offset + reach(array)[0]
+        self._shape, self._strides, self._itemsize = array.shape, array.strides, array.itemsize
+
+    def any_byte(self, chance: random.Random) -> int:
+        index = [chance.randrange(length) for length in self._shape]
+        place = sum(one * step for one, step in zip(index, self._strides, strict=True))
+        return self._first + place + chance.randrange(self._itemsize)
 
 
-def _place(target: Any, index: int | tuple[int, ...]) -> tuple[Memory, int]:
+def _place(target: Any, index: SupportsIndex | tuple[SupportsIndex, ...] | None) -> tuple[Memory, int]:
     import numpy
 
     from hwpoison import Memory, locate
 
     if isinstance(target, Memory):
-        if not isinstance(index, (int, numpy.integer)) or not 0 <= index < target.nbytes:
+        offset = 0 if index is None else index
+        if isinstance(offset, tuple) or not 0 <= operator.index(offset) < target.nbytes:
             raise IndexError(f"{index} is not the offset of a byte of {target.name!r}, which has {target.nbytes}")
-        return target, int(index)
+        return target, operator.index(offset)
     array = numpy.asarray(target)
-    wanted = index if isinstance(index, tuple) else (index,)
+    given = (0,) * min(array.ndim, 1) if index is None else index if isinstance(index, tuple) else (index,)
+    wanted = [operator.index(one) for one in given]
     if len(wanted) > array.ndim or any(not -size <= one < size for one, size in zip(wanted, array.shape, strict=False)):
         raise IndexError(f"{index} is no index of an array of shape {array.shape}")
     # A view, and not the item itself: that may be lost.
-    memory, offset, _ = locate(array[tuple(slice(one, one + 1 or None) for one in wanted)])
+    memory, offset, _ = locate(array[(*(slice(one, one + 1 or None) for one in wanted), ...)])
     return memory, offset
 
 
-def _handled(event_id: str, manager: BaseManager, log: Path) -> bool:
+# --- the event log
+
+
+def _default_log() -> Path:
     from hwpoison import events
 
-    # What happened just now is in the log when the manager has said so, or has ended.
-    with suppress(ConnectionError):
-        manager.log_place()
-    return any(one.kind in HANDLED for one in events.read(log, event_id=event_id))
+    return events.default_path()
+
+
+def _last_event(log: Path) -> int:
+    from hwpoison import events
+
+    with suppress(OSError, events.NotAnEventLogError):
+        return max((one.id for one in events.read(log, limit=1)), default=0)
+    return 0
+
+
+def _events(log: Path, after: int) -> list[LoggedEvent]:
+    from hwpoison import events
+
+    return list(events.read(log, after=after))
+
+
+def _wait_for_logs(managers: list[BaseManager]) -> None:
+    """What happened just now is in the log when the manager has said so, or has ended."""
+    # Not there if nobody has used it, and on other systems.
+    known = sys.modules.get("hwpoison.app.manager")
+    for one in dict.fromkeys([*managers, *(known.all_managers() if known else ())]):
+        with suppress(OSError):
+            one.log_place()
+
+
+def _still_lost(failure: Failure, memory: Memory) -> bool:
+    """Also if that can't be asked any more."""
+    try:
+        lost = memory.lost()
+    except (OSError, ValueError):
+        return True
+    return any(one.offset <= (failure.offset or 0) < one.offset + one.nbytes for one in lost)
+
+
+def _said(name: str | None, offset: int | None, nbytes: int, event_id: str) -> str:
+    return f"{name!r}: {nbytes} bytes at offset {offset or 0:#x} [{event_id}]"

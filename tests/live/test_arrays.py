@@ -108,6 +108,16 @@ def test_a_saved_array_is_loaded_and_recovers(manager: hwpoison.Manager, tmp_pat
     assert numpy.load(path)[3, 4] == 5
 
 
+@pytest.mark.parametrize("fields", [[("number", "<i4")], [("Größe", "<i4"), ("日本", "<f8")]])
+def test_every_version_of_the_format_is_loaded(
+    manager: hwpoison.Manager, tmp_path: Path, fields: list[tuple[str, str]]
+) -> None:
+    path = tmp_path / "x.npy"
+    saved = numpy.ones(500, fields)
+    numpy.save(path, saved)
+    assert (hwpoison.load(path, manager=manager) == saved).all()
+
+
 def test_without_a_manager_one_is_there_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HWPOISON_SOCKET", raising=False)
     path = tmp_path / "x.npy"

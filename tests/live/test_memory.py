@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy
 import pytest
 
 import hwpoison
+from hwpoison.protocol import DATA_LIMIT
 from tests.live.conftest import known
 from tests.live.frames import PAGE
 from tests.live.process import Child
@@ -344,6 +346,46 @@ def test_threads_that_open_and_close_memories_do_not_get_in_each_others_way(
         thread.join()
     assert errors == []
     wait_until(lambda: manager.objects() == [], "all objects have ended")
+
+
+def test_what_is_asked_while_another_thread_closes_the_manager_is_told_that() -> None:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(5):
+            manager = hwpoison.Manager()
+            begun = threading.Barrier(5)
+            errors: list[BaseException] = []
+
+            def work(manager: hwpoison.Manager, begun: threading.Barrier, errors: list[BaseException]) -> None:
+                begun.wait()
+                try:
+                    while True:
+                        manager.allocate(PAGE).close()
+                except BaseException as error:  # noqa: BLE001
+                    errors.append(error)
+
+            threads = [threading.Thread(target=work, args=(manager, begun, errors)) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            begun.wait()
+            manager.close()
+            for thread in threads:
+                thread.join()
+            assert {type(error) for error in errors} <= {ConnectionError}, errors
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_content_that_lies_in_the_memory_itself_is_stored_as_it_was(manager: hwpoison.Manager) -> None:
+    """As memmove has it, also where it takes several messages."""
+    table = manager.allocate(3 * DATA_LIMIT, "table")
+    again = manager.attach("table")
+    for source in (table.buffer, again.buffer):
+        source[:] = b"".join(number.to_bytes(8, "little") for number in range(len(source) // 8))
+        expected = bytes(source[: 2 * DATA_LIMIT])
+        table.write(PAGE, source[: 2 * DATA_LIMIT])
+        assert table.read(PAGE, 2 * DATA_LIMIT) == expected
 
 
 def test_a_memory_of_another_manager_is_not_taken_for_ours(manager: hwpoison.Manager) -> None:

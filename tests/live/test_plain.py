@@ -18,13 +18,14 @@ from tests import without_userfaultfd
 pytestmark = pytest.mark.live
 
 PROGRAM = """
-import asyncio, multiprocessing, os, pathlib, select, sys, threading, warnings
+import asyncio, errno, multiprocessing, os, pathlib, select, sys, threading, warnings
 import numpy
 import hwpoison
 
 KINDS = ("BaseManager", "Manager", "SharedManager", "Memory", "NoticeStream", "Handle")
 
 def add(memory):
+    assert isinstance(memory, hwpoison.Memory)
     memory.array("u1")[0] += 1
 
 async def all_of(stream):
@@ -63,6 +64,15 @@ if __name__ == "__main__":
         print(memory is table, where, hwpoison.lost(array).tolist())
         with hwpoison.guard(table) as safe:
             print(float(safe.array("f8", (128, 1024)).sum()), weights.read(0, 4), bytes(weights.buffer[:2]))
+        try:
+            with hwpoison.guard(table):
+                try:
+                    table.close()
+                except BufferError as error:
+                    print(error)
+                raise OSError(errno.EFAULT, "of something else")
+        except OSError as error:
+            print(error)
         with table.resident(0, 8, write=True) as view:
             view[:] = bytes(8)
         table.write(8, b"written")
@@ -111,6 +121,8 @@ PRINTED = [
     "False True",
     "True [8192, 1032200] []",
     "131072.0 b'defg' b'de'",
+    "'t' is being guarded; end that before close()",
+    "[Errno 14] of something else",
     "b'written' [] 0 0",
     "([], [0, 0, 3], []) ([], [0, 0, 3], [])",
     "True",
@@ -230,6 +242,7 @@ except FileExistsError as error:
     print(error)
 child.kill()
 child.communicate()
+attach("killed")
 manager.allocate(8, "killed").close()
 threads = [threading.Thread(target=lambda: [manager.allocate(8).close() for _ in range(100)]) for _ in range(4)]
 for one in threads:
@@ -246,11 +259,31 @@ try:
     manager.allocate(8)
 except ConnectionError as error:
     print(error)
+child = os.fork()
+if not child:
+    for name in (None, "x"):
+        try:
+            hwpoison.connect(manager.socket).allocate(8, name)
+        except ConnectionError as error:
+            print(str(error)[:33], flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
 if __name__ == "__main__":
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         last = hwpoison.Manager(required=False)
     last.allocate(8, "last")
+    child = os.fork()
+    if not child:
+        os.rename(last.socket.removeprefix("plain:"), last.socket.removeprefix("plain:") + "-")
+        for name in (None, "x"):
+            try:
+                last.allocate(8, name)
+            except ConnectionError as error:
+                print(str(error)[:33], flush=True)
+        os.rename(last.socket.removeprefix("plain:") + "-", last.socket.removeprefix("plain:"))
+        os._exit(0)
+    os.waitpid(child, 0)
     if os.fork() == 0:
         sys.exit()
     os.wait()
@@ -264,26 +297,28 @@ LIVED = [
     "ValueError",
     "TypeError",
     "program.py True",
-    "there is no object 'closed'",
+    "[Errno 2] there is no object 'closed'",
     "['.entry', '.memory']",
     "[]",
     "b'abc'",
     "[]",
     "8",
-    "there is no object 'stays'",
-    "there is no object 'stays'",
+    "[Errno 2] there is no object 'stays'",
+    "[Errno 2] there is no object 'stays'",
     "10.0 40",
     "10.0 10.0",
     "MemoryError",
     "MemoryError",
+    "MemoryError",
+    "MemoryError",
     "ValueError",
     "ValueError",
-    "ValueError",
-    "ValueError",
-    "memory 'sent' is no more",
-    "the name 'killed' is taken by another object; pass another name=, or attach('killed')",
+    "[Errno 2] memory 'sent' is no more",
+    "[Errno 17] the name 'killed' is taken by another object; pass another name=, or attach('killed')",
+    "[Errno 2] there is no object 'killed'",
     "still in use, kept by their views: kept",
     "the manager was closed; open a new one with Manager() or connect()",
+    *["the manager whose folder was /dev"] * 4,
     "True",
 ]
 

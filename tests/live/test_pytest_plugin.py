@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -47,10 +48,13 @@ def table():
 """
 
 
-def run(folder: Path, tests: str) -> tuple[int, str]:
+def run(folder: Path, tests: str, **variables: str) -> tuple[int, str]:
     (folder / "test_it.py").write_text(PROGRAM + tests)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=SECONDS_MAX, check=False)
+    environment = {**os.environ, **variables}
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=SECONDS_MAX, check=False, env=environment
+    )
     return done.returncode, done.stdout + done.stderr
 
 
@@ -97,7 +101,24 @@ def test_storm(hwpoison, table):
 def test_declared(hwpoison, table):
     hwpoison.declare(hwpoison.strike(table.array, 1))
     hwpoison.strike(table.array, 2)
-    hwpoison.declare()
+    hwpoison.declare(*[])
+    table.manager.inject(table.memory, 7 * PAGE)
+    assert [int(one.split("offset ")[1].split()[0], 16) // PAGE for one in hwpoison.undeclared()] == [2, 7]
+    hwpoison.declare_all()
+    assert hwpoison.undeclared() == []
+
+def test_a_number_by_itself(hwpoison, table):
+    number = table.array[5, 3:4].reshape(())
+    for index in (None, ()):
+        assert hwpoison.strike(number, index).offset == 5 * PAGE
+        table.sum()
+
+def test_a_storm_strikes_nothing_between(hwpoison, table):
+    with hwpoison.storm(table.array[::-2, :3], failures=50) as storm:
+        assert storm.over.wait(60)
+    table.sum()
+    assert {one.offset // PAGE % 2 for one in storm.struck} == {1}
+    assert len({one.offset for one in storm.struck}) > 10
 
 
 def test_a_page_of_a_file_comes_back_by_itself(hwpoison, tmp_path):
@@ -125,7 +146,7 @@ def test_wrong_arguments(hwpoison, table):
 """,
     )
     assert status == 0, said
-    assert "7 passed" in said
+    assert "9 passed" in said
 
 
 def test_an_undeclared_loss_fails_the_test_and_says_which(tmp_path: Path) -> None:
@@ -134,6 +155,17 @@ def test_an_undeclared_loss_fails_the_test_and_says_which(tmp_path: Path) -> Non
         """
 def test_forgets(hwpoison, table):
     hwpoison.strike(table.array, 17)
+
+def test_forgets_what_it_has_injected_itself(hwpoison, table):
+    table.manager.inject(table.memory, 5 * PAGE)
+
+def test_is_told_of_what_its_child_has_lost_for_it(hwpoison, table):
+    import os
+    child = os.fork()
+    if not child:
+        hwpoison.strike(table.array, 6)
+        os._exit(0)
+    os.waitpid(child, 0)
 
 def test_forgets_and_closes(hwpoison):
     with Manager() as manager:
@@ -160,10 +192,24 @@ def test_known(hwpoison, table):
 """,
     )
     assert status == 1, said
-    assert "3 failed, 1 passed, 1 xfailed, 1 error" in said
-    assert said.count("\n1 undeclared losses: ") == 4
+    assert "5 failed, 1 passed, 1 xfailed, 1 error" in said
+    assert said.count("\n1 undeclared losses: ") == 6
     assert "'table'" in said
     assert "'closed'" in said
+
+
+def test_it_works_where_the_event_log_can_not_be_written(tmp_path: Path) -> None:
+    tests = """
+def test_is_well(hwpoison, table):
+    hwpoison.strike(table.array, 17)
+    table.sum()
+
+def test_forgets(hwpoison, table):
+    hwpoison.strike(table.array, 17)
+"""
+    status, said = run(tmp_path, tests, HWPOISON_LOG="/proc/nowhere/events.db")
+    assert status == 1, said
+    assert "1 failed, 1 passed" in said
 
 
 def test_it_costs_a_run_without_it_nothing(tmp_path: Path) -> None:

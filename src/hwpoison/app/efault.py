@@ -18,6 +18,7 @@ from hwpoison.app.memory import Memory, all_memories
 from hwpoison.errors import Range
 from hwpoison.linux.presence import PAGEMAP, markers, next_hole
 from hwpoison.linux.syscalls import PAGE_SIZE
+from hwpoison.plain.memory import Memory as PlainMemory
 
 
 def lost_by(error: OSError, memories: Iterable[Memory]) -> list[Range]:
@@ -25,7 +26,8 @@ def lost_by(error: OSError, memories: Iterable[Memory]) -> list[Range]:
 
     If they can be, and something else too, `error` gets a note that says so.
     """
-    names = {_name(memory) for memory in memories}
+    # Of plain memory nothing is known to be lost.
+    names = {_name(memory) for memory in memories if not isinstance(memory, PlainMemory)}
     # Another mapping of the same object shows the same bytes.
     guarded = [memory for memory in all_memories() if _name(memory) in names]
     others = [memory for memory in all_memories() if _name(memory) not in names]

@@ -36,7 +36,6 @@ from hwpoison.linux.pairs import pair
 from hwpoison.linux.syscalls import PAGE_SIZE
 from hwpoison.linux.userfaultfd import NO_FEATURE, Feature, open_userfaultfd
 from hwpoison.plain import manager as plain
-from hwpoison.plain.memory import Memory as PlainMemory
 
 SOCKET_VARIABLE = "HWPOISON_SOCKET"
 
@@ -47,7 +46,13 @@ CONNECT_ATTEMPTS = 10
 """A manager may die with a client that it has just accepted; so many in a row do not."""
 
 
-_managers: weakref.WeakSet[BaseManager] = weakref.WeakSet()
+_managers: weakref.WeakValueDictionary[int, BaseManager] = weakref.WeakValueDictionary()
+
+
+def all_managers() -> list[BaseManager]:
+    """Those of this process to which there is a way."""
+    found = [reference() for reference in _managers.valuerefs()]
+    return [one for one in found if one is not None and not one.closed and one.connection.owner == os.getpid()]
 
 
 class BaseManager(ABC):  # noqa: B024  (plain ones are registered)
@@ -58,7 +63,7 @@ class BaseManager(ABC):  # noqa: B024  (plain ones are registered)
         self.notice_board = Notices(connection, self._open_memory)
         self._open: weakref.WeakValueDictionary[int, Memory] = weakref.WeakValueDictionary()
         """By their ids. A memory that nobody has any more goes with its mapping, unless that has views."""
-        _managers.add(self)
+        _managers[id(self)] = self
 
     @property
     def pid(self) -> int:
@@ -155,6 +160,17 @@ class BaseManager(ABC):  # noqa: B024  (plain ones are registered)
             raise ConnectionError(
                 "the manager was closed, and stays only for what still has views; open a new one with Manager() or connect()"
             )
+        try:
+            return self._asked_for(message, fds)
+        except (OSError, ValueError) as error:
+            if self.connection.closing:
+                # By another thread, which may have taken anything from under this.
+                raise ConnectionError(
+                    "the manager was closed meanwhile; open a new one with Manager() or connect()"
+                ) from error
+            raise
+
+    def _asked_for(self, message: protocol.Allocate | protocol.Open | protocol.Attach, fds: list[int] | None) -> Memory:
         # Until it is mapped, the manager holds it for us, and gives it up when the channel ends.
         channel = self.connection.take_channel()
         message.mapping = number = self.connection.new_number()
@@ -213,12 +229,12 @@ class BaseManager(ABC):  # noqa: B024  (plain ones are registered)
     def report(
         self,
         name: str | Memory | None = None,
-        offset: int | None = None,
+        offset: SupportsIndex | None = None,
         *,
-        pfn: int | None = None,
-        physical: int | None = None,
-        pid: int | None = None,
-        address: int | None = None,
+        pfn: SupportsIndex | None = None,
+        physical: SupportsIndex | None = None,
+        pid: SupportsIndex | None = None,
+        address: SupportsIndex | None = None,
         source: str = Source.APPLICATION,
         action_required: bool = False,
     ) -> Failure:
@@ -232,9 +248,8 @@ class BaseManager(ABC):  # noqa: B024  (plain ones are registered)
         for first, (value, second, other) in pairs.items():
             if (value is None) != (other is None):
                 raise ValueError(f"{first} needs {second}" if other is None else f"{second} needs {first}")
-        for what, number in {"offset": offset, "pfn": pfn, "physical": physical, "pid": pid, "address": address}.items():
-            if number is not None:
-                not_negative(what, number)
+        given = {"offset": offset, "pfn": pfn, "physical": physical, "pid": pid, "address": address}
+        numbers = {what: not_negative(what, number) for what, number in given.items() if number is not None}
         action_required = true_or_false("action_required", action_required)
         if not isinstance(source, str):
             raise TypeError(f"source is a str, not {type(source).__name__}")
@@ -244,18 +259,9 @@ class BaseManager(ABC):  # noqa: B024  (plain ones are registered)
         if source == Source.INJECTED:
             raise ValueError(f"source {source!r} is for simulated failures; use inject()")
         if physical is not None:
-            pfn = physical // PAGE_SIZE
-        return self._report(
-            Report(
-                name=None if name is None else self._name(name),
-                offset=offset,
-                pfn=pfn,
-                pid=pid,
-                address=address,
-                source=source,
-                action_required=action_required,
-            )
-        )
+            numbers["pfn"] = numbers.pop("physical") // PAGE_SIZE
+        called = None if name is None else self._name(name)
+        return self._report(Report(name=called, source=source, action_required=action_required, **numbers))
 
     def _name(self, memory: str | Memory) -> str:
         if isinstance(memory, str):
@@ -382,11 +388,12 @@ class Manager(BaseManager):
     reports on frames that are not managed to the kernel.
     `without`: features of userfaultfd to do without as an older kernel must, for tests. Raises `UnsupportedError` where
     userfaultfd can't be had, saying what to do; with `required=False` there is a warning then, and plain shared memory with
-    the same interface and without recovery (`capabilities` says so).
+    the same interface and without recovery (`capabilities` says so); not for a class that is derived from this one.
     """
 
-    def __new__(cls, *, required: bool = True, **options: Any) -> Self:
-        if not true_or_false("required", required):
+    def __new__(cls, *arguments: Any, required: bool = True, **options: Any) -> Self:
+        # A class that is derived from this one has methods of its own, which plain memory would not have.
+        if not true_or_false("required", required) and cls is Manager:
             try:
                 os.close(open_userfaultfd().fd)
             except UnsupportedError as error:
@@ -397,20 +404,20 @@ class Manager(BaseManager):
         self,
         *,
         required: bool = True,
-        memory_limit: int | None = None,
+        memory_limit: SupportsIndex | None = None,
         offline_foreign: bool = False,
         policy: Policy | str = Policy.LATE,
         io_limit: float = 30.0,
         without: Feature = NO_FEATURE,
     ) -> None:
-        memory_limit = memory_limit_of(memory_limit, PAGE_SIZE)
+        limit = memory_limit_of(memory_limit, PAGE_SIZE)
         if offline_foreign and os.geteuid():
             raise PermissionError("offline_foreign needs root: the kernel's hard offline does")
         # Where it can't be had, nothing is started.
         os.close(open_userfaultfd().fd)
         arguments = ["--policy", Policy(policy), "--io-limit", str(seconds_of("io_limit", io_limit))]
-        if memory_limit is not None:
-            arguments += ["--memory-limit", str(memory_limit)]
+        if limit is not None:
+            arguments += ["--memory-limit", str(limit)]
         if offline_foreign:
             arguments.append("--offline-foreign")
         if without:
@@ -545,7 +552,6 @@ def _whose(socket_name: str) -> str:
 BaseManager.register(plain.BaseManager)
 Manager.register(plain.Manager)
 SharedManager.register(plain.SharedManager)
-Memory.register(PlainMemory)
 
 _shared: list[SharedManager] = []
 """Those that were connected for pickled memories: nobody else keeps them."""
@@ -556,9 +562,8 @@ def attach_pickled(socket_name: str, instance: str, name: str, number: int) -> M
 
     Raises FileNotFoundError if that object is no more, whatever has its name by now.
     """
-    for manager in tuple(_managers):
-        connection = manager.connection
-        if connection.welcome.instance == instance and connection.owner == os.getpid() and not connection.closed:
+    for manager in all_managers():
+        if manager.connection.welcome.instance == instance:
             return manager._attach_object(name, number)
     manager = connect(socket_name)
     if manager.connection.welcome.instance != instance:

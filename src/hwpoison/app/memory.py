@@ -24,9 +24,10 @@ from hwpoison.app.view import GuardedView, Visit, memory_of
 from hwpoison.checking import Data, as_bytes, range_of, true_or_false, whole_pages
 from hwpoison.core.records import Policy
 from hwpoison.errors import PoisonError, Range
-from hwpoison.extents import array_over
+from hwpoison.extents import array_over, as_array, extent
 from hwpoison.linux import syscalls
 from hwpoison.linux.syscalls import PAGE_SIZE
+from hwpoison.plain.memory import Memory as PlainMemory
 
 if TYPE_CHECKING:
     from hwpoison.app.manager import BaseManager
@@ -212,9 +213,17 @@ class Memory(ABC):  # noqa: B024  (plain ones are registered)
             refused = self._lost_in_part(begin, length)
             if refused:
                 raise PoisonError(refused)
+            view = self._apart(view)
         for start, stop in zip(pieces, [*pieces[1:], end], strict=True):
             piece = bytes(view[start - begin : stop - begin])
             self._ask(protocol.Write(self._number, start, piece), protocol.Done)
+
+    def _apart(self, data: memoryview) -> memoryview:
+        """The data; if it lies in this object, a copy: a piece that is stored must not change those that come after it."""
+        begin, end = extent(as_array(data))
+        same = [one for one in all_memories() if one.instance == self.instance and one.object_number == self.object_number]
+        places = [(at, at + one.nbytes) for one in same for at in one.addresses()]
+        return memoryview(bytes(data)) if any(begin < last and first < end for first, last in places) else data
 
     def _lost_in_part(self, offset: int, nbytes: int) -> list[Range]:
         """The lost pages that the range covers, but not whole: its first or its last page."""
@@ -432,3 +441,6 @@ class Memory(ABC):  # noqa: B024  (plain ones are registered)
         """As whole numbers; `nbytes` None is all the rest."""
         self._check_open()
         return range_of(self.name, self.nbytes, offset, nbytes)
+
+
+Memory.register(PlainMemory)

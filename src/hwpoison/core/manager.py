@@ -15,11 +15,9 @@ from hwpoison.core.machine import File, Hits, Identity, Space
 from hwpoison.core.mappings import Client, Mapping
 from hwpoison.core.objects import Backing, MemoryObject
 from hwpoison.core.pages import DIRTY, WRITEBACK
-from hwpoison.core.records import Failure, Report
+from hwpoison.core.records import NAME_LIMIT, Failure, Report
 from hwpoison.core.writeback import write_back_all
 
-NAME_LIMIT = 4096
-"""Most characters of an object's name: those of the longest path. Every notice has the name in it."""
 SOURCE_LIMIT = 256
 """Most characters of who found a failure: the event log keeps them."""
 

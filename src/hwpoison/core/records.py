@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+NAME_LIMIT = 4096
+"""Most characters of an object's name: those of the longest path. Every notice has the name in it."""
+
 
 class State(StrEnum):
     """What a page was when it failed: the row of the table in `core.failure` that decided."""

@@ -6,16 +6,20 @@ object open has a lock on its entry, so the last one, or whoever comes after tha
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
+
+from hwpoison.core.records import NAME_LIMIT
 
 fcntl: ModuleType | None
 try:
@@ -24,6 +28,7 @@ except ImportError:
     # Windows. Entries go with their folder there.
     fcntl = None
 
+GONE = "the manager whose folder was {} has ended; open a new one with Manager()"
 WHY = "why"
 """The file that says why memory is not managed."""
 ENTRY, BYTES, PERSISTENT = ".entry", ".memory", ".persistent"
@@ -67,6 +72,7 @@ class Folder:
     def __init__(self, path: str) -> None:
         self.path = path
         self._owner = os.getpid()
+        self._numbers = count(1)
 
     @property
     def why(self) -> str:
@@ -76,18 +82,22 @@ class Folder:
     def add(self, name: str | None, kind: str, mode: str, path: str, offset: int, nbytes: int, *, persistent: bool) -> Held:
         """A new object; without a `name` it gets one. Anonymous memory is all zeros. Raises FileExistsError, OSError."""
         # The second time: who was quicker may have gone meanwhile.
-        for one in map("anonymous-{}".format, count(1)) if name is None else (name, name):
+        for one in map("anonymous-{}".format, self._numbers) if name is None else (name, name):
+            if not 0 < len(one) <= NAME_LIMIT or "\0" in one:
+                raise ValueError(f"an object's name has 1 to {NAME_LIMIT} characters, and no NUL among them")
             place = self._place(one)
             _remove_if_unused(place)
-            with suppress(FileExistsError):
+            with suppress(FileExistsError), self._there():
                 where = path or place + BYTES
                 return _added(Entry(one, kind, mode, where, offset, nbytes), place, persistent=persistent)
-        raise FileExistsError(f"the name {name!r} is taken by another object; pass another name=, or attach({name!r})")
+        why = f"the name {name!r} is taken by another object; pass another name=, or attach({name!r})"
+        raise FileExistsError(errno.EEXIST, why)
 
     def find(self, name: str) -> Held:
         """Raises FileNotFoundError."""
         place = self._place(name)
-        with suppress(FileNotFoundError):
+        _remove_if_unused(place)
+        with suppress(FileNotFoundError), self._there():
             fd = _locked(place)
             try:
                 if entry := _said_at(place):
@@ -96,7 +106,7 @@ class Folder:
                 os.close(fd)
                 raise
             os.close(fd)
-        raise FileNotFoundError(f"there is no object {name!r}")
+        raise _no_object(name)
 
     def entries(self) -> list[tuple[Entry, bool]]:
         """All objects, and whether each is persistent."""
@@ -115,13 +125,28 @@ class Folder:
             os.unlink(place + PERSISTENT)
         except FileNotFoundError:
             if not os.path.exists(place + ENTRY):
-                raise FileNotFoundError(f"there is no object {name!r}") from None
+                raise _no_object(name) from None
         _remove_if_unused(place)
 
     def remove(self) -> None:
         """The manager is closed. Where a mapped file can't be deleted, it stays. A forked child leaves it to its parent."""
         if os.getpid() == self._owner:
+            gone = self.path + ".gone"
+            # From here on nobody puts anything there any more.
+            with suppress(OSError):
+                os.rename(self.path, gone)
+            shutil.rmtree(gone, ignore_errors=True)
             shutil.rmtree(self.path, ignore_errors=True)
+
+    @contextmanager
+    def _there(self) -> Iterator[None]:
+        """Raises ConnectionError if what is not found is the whole folder."""
+        try:
+            yield
+        except FileNotFoundError:
+            if not os.path.isdir(self.path):
+                raise ConnectionError(GONE.format(self.path)) from None
+            raise
 
     def _file(self, name: str) -> Path:
         return Path(self.path, name)
@@ -131,9 +156,17 @@ class Folder:
         return str(self._file(hashlib.sha256(name.encode()).hexdigest()))
 
 
+def _no_object(name: str) -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, f"there is no object {name!r}")
+
+
 def make_folder(why: str) -> Folder:
     """A new one."""
-    folder = Folder(tempfile.mkdtemp(prefix="hwpoison-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
+    try:
+        path = tempfile.mkdtemp(prefix="hwpoison-", dir="/dev/shm")
+    except OSError:
+        path = tempfile.mkdtemp(prefix="hwpoison-")
+    folder = Folder(path)
     Path(folder.path, WHY).write_text(why)
     return folder
 
@@ -165,6 +198,8 @@ def _added(entry: Entry, place: str, *, persistent: bool) -> Held:
     try:
         fd = _locked(place, new=True)
     except FileNotFoundError:
+        if not os.path.isdir(os.path.dirname(place)):
+            raise
         # Who has found it unlocked has taken it away.
         raise FileExistsError from None
     try:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import weakref
+from collections.abc import Iterable
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, SupportsIndex
 
 from hwpoison.errors import Range
@@ -28,8 +29,11 @@ class View:
 
     mark = Mark()
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, memory: Memory, visits: weakref.WeakSet[View]) -> None:
+        """`visits`: those that the memory can't be closed under."""
         self._memory = memory
+        self._visits = visits
+        visits.add(self)
 
     @property
     def buffer(self) -> memoryview:
@@ -43,28 +47,30 @@ class View:
         return False
 
     def leave(self) -> list[Range]:
+        self.end()
         return []
 
     def told(self) -> None:
         pass
 
     def end(self) -> None:
-        pass
+        self._visits.discard(self)
 
 
 class SafeView:
     """As `hwpoison.SafeView`."""
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, memory: Memory, view: View) -> None:
         self.memory = memory
+        self._view = view
 
     @property
     def buffer(self) -> memoryview:
-        return self.memory.buffer.toreadonly()
+        return self._view.buffer
 
     @property
     def address(self) -> int:
-        return self.memory.address
+        return self._view.address
 
     def array(
         self,
@@ -80,13 +86,27 @@ class SafeView:
         pass
 
 
-@contextmanager
-def guard(*memories: Memory) -> Iterator[Any]:
+class guard:  # noqa: N801  (used as a function)
     """As `hwpoison.guard`."""
-    if not memories:
-        raise ValueError("guard() needs at least one memory")
-    for memory in memories:
-        if not hasattr(memory, "_visit"):
-            raise TypeError(f"guard() takes memories of a manager, not {type(memory).__name__}")
-    views = tuple(map(SafeView, memories))
-    yield views[0] if len(views) == 1 else views
+
+    def __init__(self, *memories: Memory) -> None:
+        if not memories:
+            raise ValueError("guard() needs at least one memory")
+        for memory in memories:
+            if not hasattr(memory, "_visit"):
+                raise TypeError(f"guard() takes memories of a manager, not {type(memory).__name__}")
+        self._memories = memories
+        self._views: list[View] = []
+
+    def __enter__(self) -> Any:
+        self._end()
+        self._views = [memory._visit()[0] for memory in self._memories]
+        views = tuple(SafeView(*both) for both in zip(self._memories, self._views, strict=True))
+        return views[0] if len(views) == 1 else views
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        while self._views:
+            self._views.pop().end()

@@ -16,14 +16,22 @@ from typing import Any, Literal, Self, SupportsIndex
 from hwpoison.checking import MEMORY_LIMIT_MAX, memory_limit_of, name_of, range_of, seconds_of, true_or_false, whole
 from hwpoison.core.records import Capabilities, Failure, Policy
 from hwpoison.errors import UnsupportedError, warn
-from hwpoison.plain.folder import Folder, Held, make_folder
-from hwpoison.plain.memory import Mapping, Memory, all_memories
+from hwpoison.plain.folder import GONE, Folder, Held, make_folder
+from hwpoison.plain.memory import Mapping, Memory, mapped
 from hwpoison.plain.notices import NoticeStream
 from hwpoison.protocol import ObjectInfo, Statistics
 
 PREFIX = "plain:"
 """What the `socket` of such a manager begins with."""
 OTHER_SYSTEM = f"memory is managed on Linux only, and this is {sys.platform}"
+
+_managers: weakref.WeakValueDictionary[int, BaseManager] = weakref.WeakValueDictionary()
+
+
+def _all_managers() -> list[BaseManager]:
+    found = [reference() for reference in _managers.valuerefs()]
+    return [one for one in found if one is not None]
+
 
 _warned: list[bool] = []
 """Not empty: this process has been told."""
@@ -35,16 +43,17 @@ class BaseManager:
     def __init__(self, folder: Folder, policy: Policy) -> None:
         self._folder = folder
         self._open: weakref.WeakValueDictionary[int, Memory] = weakref.WeakValueDictionary()
-        self._mapped: weakref.WeakKeyDictionary[Mapping, str] = weakref.WeakKeyDictionary()
+        self._mapped: weakref.WeakValueDictionary[int, Mapping] = weakref.WeakValueDictionary()
         """Those too of which nothing is left but views."""
         self._streams: weakref.WeakSet[NoticeStream] = weakref.WeakSet()
         self._end: Callable[[], object] = int
         """What takes the folder away, if this is who has made it."""
         self.socket = PREFIX + folder.path
         self.pid = os.getpid()
-        self.policy = policy
+        self._policy = policy
         self.closed = False
         self.capabilities = Capabilities(recovery=False, system_calls=True, poison_markers=False, reason=folder.why)
+        _managers[id(self)] = self
 
     def _memory(self, held: Held) -> Memory:
         try:
@@ -53,7 +62,7 @@ class BaseManager:
             held.let_go()
             raise
         self._open[id(memory)] = memory
-        self._mapped[memory._mapping] = memory.name
+        self._mapped[id(memory._mapping)] = memory._mapping
         return memory
 
     def allocate(
@@ -65,8 +74,10 @@ class BaseManager:
             true_or_false("populate", populate)
         if true_or_false("persistent", persistent) and name is None:
             raise ValueError("persistent memory needs a name, by which it can be attached again: pass name=")
-        if not 1 <= nbytes <= MEMORY_LIMIT_MAX:
-            raise ValueError(f"{nbytes} bytes: an object has at least 1, and at most {MEMORY_LIMIT_MAX}")
+        if nbytes < 1:
+            raise ValueError(f"an object has at least 1 byte, not {nbytes}")
+        if nbytes > MEMORY_LIMIT_MAX:
+            raise MemoryError(f"{nbytes} bytes: an object has at most {MEMORY_LIMIT_MAX}")
         held = None
         try:
             held = self._folder.add(name_of(name), "anonymous", "r+", "", 0, nbytes, persistent=persistent)
@@ -94,7 +105,9 @@ class BaseManager:
         self._check_open()
         if mode not in ("r", "r+"):
             raise ValueError(f"mode {mode!r}: a file is opened 'r' or 'r+'")
-        place = os.path.abspath(path)
+        place = os.path.abspath(os.fsdecode(path))
+        if os.path.isdir(place):
+            raise IsADirectoryError(errno.EISDIR, f"{place!r} is a directory; an object needs a regular file")
         first, length = range_of(place, os.path.getsize(place), offset, nbytes)
         if not length:
             raise ValueError(f"{place!r} is empty there; an object has at least 1 byte")
@@ -125,7 +138,7 @@ class BaseManager:
 
     def objects(self) -> list[ObjectInfo]:
         self._check_open()
-        ours = [one.name for one in all_memories() if one.instance == self.socket]
+        ours = mapped(self.socket)
         return [
             ObjectInfo(
                 name=one.name, kind=one.kind, mode=one.mode, persistent=persistent, nbytes=one.nbytes, present=one.nbytes,
@@ -145,9 +158,11 @@ class BaseManager:
         )  # fmt: skip
 
     def events(self) -> Iterator[Any]:
+        self._check_open()
         return iter(())
 
     def log_place(self) -> tuple[Path, str]:
+        self._check_open()
         return Path(os.devnull), ""
 
     def restart(self) -> int:
@@ -159,7 +174,7 @@ class BaseManager:
         for memory in list(self._open.values()):
             with suppress(BufferError):
                 memory.close()
-        kept = dict.fromkeys(name for mapping, name in list(self._mapped.items()) if not mapping.closed)
+        kept = dict.fromkeys(one.name for one in list(self._mapped.values()) if not one.closed)
         self.closed = True
         for stream in list(self._streams):
             stream.close()
@@ -216,15 +231,20 @@ class SharedManager(BaseManager):
 def connect(socket: str | os.PathLike[str] | None = None, *, maps: bool = True) -> SharedManager:
     """The plain manager that has this `socket`."""
     name = os.fspath(socket or "") or os.environ.get("HWPOISON_SOCKET", "")
-    if not name.startswith(PREFIX) or not os.path.isdir(name.removeprefix(PREFIX)):
+    folder = name.removeprefix(PREFIX)
+    if not name.startswith(PREFIX):
         raise ConnectionError(f"no manager answers at {name or 'no socket'}: {OTHER_SYSTEM}")
-    return SharedManager(Folder(name.removeprefix(PREFIX)), Policy.LATE)
+    try:
+        return SharedManager(Folder(folder), Policy.LATE)
+    except FileNotFoundError:
+        raise ConnectionError(GONE.format(folder)) from None
 
 
 def attach_pickled(socket_name: str, name: str, number: int) -> Memory:
     """What a pickled `Memory` becomes. Raises FileNotFoundError if that object is no more."""
-    memory = connect(socket_name).attach(name)
+    known = (one for one in _all_managers() if one.socket == socket_name and not one.closed)
+    memory = (next(known, None) or connect(socket_name)).attach(name)
     if memory.object_number != number:
         memory.close()
-        raise FileNotFoundError(f"memory {name!r} is no more")
+        raise FileNotFoundError(errno.ENOENT, f"memory {name!r} is no more")
     return memory

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 from hwpoison.checking import Data, as_bytes, range_of, true_or_false, whole_pages
 from hwpoison.core.records import Notice, Policy
 from hwpoison.errors import Range
-from hwpoison.extents import array_over
+from hwpoison.extents import array_over, as_array, extent
 from hwpoison.plain.folder import Held
 from hwpoison.plain.guard import View
 from hwpoison.plain.notices import Handle, NoticeStream, policy_of
@@ -30,14 +30,24 @@ class Mapping(mmap.mmap):
     """May keep its memory."""
 
     memory: Memory | None = None
+    socket = name = ""
+    """Of its manager, and of its object."""
 
 
-_memories: weakref.WeakSet[Memory] = weakref.WeakSet()
+_memories: weakref.WeakValueDictionary[int, Memory] = weakref.WeakValueDictionary()
+_mappings: weakref.WeakValueDictionary[int, Mapping] = weakref.WeakValueDictionary()
 
 
 def all_memories() -> list[Memory]:
     """Those of this process that are open."""
-    return [one for one in _memories if not one.closed]
+    found = [reference() for reference in _memories.valuerefs()]
+    return [one for one in found if one is not None and not one.closed]
+
+
+def mapped(socket: str) -> list[str]:
+    """The names of what this process maps of a manager, also where nothing is left of it but views."""
+    found = [reference() for reference in _mappings.valuerefs()]
+    return [one.name for one in found if one is not None and not one.closed and one.socket == socket]
 
 
 class Memory:
@@ -62,9 +72,14 @@ class Memory:
             self._mapping = Mapping(fd, entry.nbytes + self._at, access=access, offset=entry.offset - self._at)
         finally:
             os.close(fd)
+        self._mapping.socket, self._mapping.name = manager.socket, entry.name
         # Views keep the mapping, and the object with it.
         self._over = weakref.finalize(self._mapping, held.let_go)
-        _memories.add(self)
+        with self.buffer as view:
+            self.address = extent(as_array(view))[0]
+        self._visits: weakref.WeakSet[View] = weakref.WeakSet()
+        _mappings[id(self._mapping)] = self._mapping
+        _memories[id(self)] = self
 
     @property
     def manager(self) -> BaseManager:
@@ -77,11 +92,6 @@ class Memory:
 
     def __buffer__(self, flags: int, /) -> memoryview:
         return self.buffer
-
-    @property
-    def address(self) -> int:
-        with self.buffer as view:
-            return int(array_over(view, "u1", None, 0, "C").__array_interface__["data"][0])
 
     def addresses(self) -> list[int]:
         return [self.address]
@@ -98,7 +108,8 @@ class Memory:
 
     def _visit(self, *, tells: bool = True) -> tuple[View, View]:
         """For `hwpoison.guard`."""
-        view = View(self)
+        self._check_open()
+        view = View(self, self._visits)
         return view, view
 
     def read(self, offset: SupportsIndex, nbytes: SupportsIndex) -> bytes:
@@ -137,7 +148,7 @@ class Memory:
     def repair(self, offset: SupportsIndex, data: Data) -> int:
         place = self._range(offset, len(as_bytes(data)))
         whole_pages(self.name, self.nbytes, place.start, place.stop, mmap.PAGESIZE)
-        if not self.writable:
+        if not self.writable and place.start < place.stop:
             raise PermissionError(errno.EACCES, f"{self.name!r} is open read-only; open it with mode 'r+'")
         return 0
 
@@ -157,7 +168,7 @@ class Memory:
 
     @property
     def policy(self) -> Policy:
-        return policy_of(self._manager.policy, self._policy)
+        return policy_of(self._manager._policy, self._policy)
 
     @policy.setter
     def policy(self, policy: Policy | str | None) -> None:
@@ -171,6 +182,8 @@ class Memory:
     def close(self) -> None:
         if self.closed:
             return
+        if self._visits:
+            raise BufferError(f"{self.name!r} is being guarded; end that before close()")
         self.flush()
         try:
             self._mapping.close()
@@ -195,8 +208,7 @@ class Memory:
         return attach_pickled, (self._manager.socket, self.name, self.object_number)
 
     def __repr__(self) -> str:
-        where = "" if self.closed else f" at {self.address:#x}"
-        return f"<hwpoison.Memory {self.name!r} {self.kind} {self.nbytes} bytes{where}, not managed>"
+        return f"<hwpoison.Memory {self.name!r} {self.kind} {self.nbytes} bytes at {self.address:#x}, not managed>"
 
     def _check_open(self) -> None:
         if self.closed:

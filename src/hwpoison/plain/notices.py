@@ -20,6 +20,11 @@ def set_policy(policy: Policy | str | None) -> None:
     _default[0] = None if policy is None else Policy(policy)
 
 
+def default_policy() -> Policy | None:
+    """As it was set last."""
+    return _default[0]
+
+
 def policy_of(manager: Policy, own: Policy | None) -> Policy:
     """What is true for a memory that has this policy of its own, or none."""
     return own or _default[0] or manager
