@@ -108,6 +108,7 @@ def test_a_saved_array_is_loaded_and_recovers(manager: hwpoison.Manager, tmp_pat
     assert numpy.load(path)[3, 4] == 5
 
 
+@pytest.mark.filterwarnings("ignore:Stored array in format")
 @pytest.mark.parametrize("fields", [[("number", "<i4")], [("Größe", "<i4"), ("日本", "<f8")]])
 def test_every_version_of_the_format_is_loaded(
     manager: hwpoison.Manager, tmp_path: Path, fields: list[tuple[str, str]]

@@ -348,6 +348,15 @@ def test_threads_that_open_and_close_memories_do_not_get_in_each_others_way(
     wait_until(lambda: manager.objects() == [], "all objects have ended")
 
 
+def _allocate_until_refused(manager: hwpoison.Manager, begun: threading.Barrier, errors: list[BaseException]) -> None:
+    begun.wait()
+    try:
+        while True:
+            manager.allocate(PAGE).close()
+    except BaseException as error:  # noqa: BLE001
+        errors.append(error)
+
+
 def test_what_is_asked_while_another_thread_closes_the_manager_is_told_that() -> None:
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
@@ -357,15 +366,7 @@ def test_what_is_asked_while_another_thread_closes_the_manager_is_told_that() ->
             begun = threading.Barrier(5)
             errors: list[BaseException] = []
 
-            def work(manager: hwpoison.Manager, begun: threading.Barrier, errors: list[BaseException]) -> None:
-                begun.wait()
-                try:
-                    while True:
-                        manager.allocate(PAGE).close()
-                except BaseException as error:  # noqa: BLE001
-                    errors.append(error)
-
-            threads = [threading.Thread(target=work, args=(manager, begun, errors)) for _ in range(4)]
+            threads = [threading.Thread(target=_allocate_until_refused, args=(manager, begun, errors)) for _ in range(4)]
             for thread in threads:
                 thread.start()
             begun.wait()
