@@ -502,9 +502,21 @@ def send_reply(channel: socket.socket, reply: Message, fds: Sequence[int] = ()) 
         os.close(place)
 
 
-def receive_reply(channel: socket.socket) -> tuple[Reply, list[int]]:
+class Descriptors(list[int]):
+    """Those of a reply. What is still in the list when nobody has that any more is closed: a signal handler may raise
+    anywhere."""
+
+    def close(self) -> None:
+        while self:
+            os.close(self.pop())
+
+    __del__ = close
+
+
+def receive_reply(channel: socket.socket) -> tuple[Reply, Descriptors]:
     """The reply and its descriptors. Raises EOFError if the other end is gone, `MalformedError`."""
-    data, fds = receive(channel)
+    data, received = receive(channel)
+    fds = Descriptors(received)
     if not data:
         raise EOFError("it closed the connection")
     reply = decode_reply(data)
@@ -535,26 +547,48 @@ def receive(channel: socket.socket) -> tuple[bytes, list[int]]:
 
 
 def _received(channel: socket.socket, buffer: bytearray) -> tuple[bytes, list[int]]:
-    nbytes, ancillary, flags, _ = channel.recvmsg_into(
-        [buffer], socket.CMSG_SPACE(DESCRIPTOR_LIMIT * 4), socket.MSG_CMSG_CLOEXEC
-    )
+    packets: list[tuple[int, list[tuple[int, int, bytes]], int, object]] = []
+    try:
+        # Received and kept by one call into C: no signal handler can come between and raise.
+        packets.extend(map(channel.recvmsg_into, [[buffer]], [_CONTROL_BYTES], [socket.MSG_CMSG_CLOEXEC]))
+        nbytes, ancillary, flags, _ = packets[0]
+        fds = _descriptors(ancillary)
+        data = _checked(memoryview(buffer)[:nbytes], flags, len(fds))
+    except BaseException:
+        _close_all(packets)
+        raise
+    if not data:
+        _close_all(packets)
+        return data, []
+    return data, fds
+
+
+def _close_all(packets: list[tuple[int, list[tuple[int, int, bytes]], int, object]]) -> None:
+    for _, ancillary, _, _ in packets:
+        for fd in _descriptors(ancillary):
+            os.close(fd)
+
+
+_CONTROL_BYTES = socket.CMSG_SPACE(DESCRIPTOR_LIMIT * 4)
+
+
+def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
     fds = array.array("i")
     for level, kind, content in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(content[: len(content) // 4 * 4])
-    cut_off, taken = flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC), len(fds)
-    if cut_off or not nbytes:
-        for fd in fds:
-            os.close(fd)
-        fds = array.array("i")
+    return list(fds)
+
+
+def _checked(packet: memoryview, flags: int, taken: int) -> bytes:
     if flags & socket.MSG_CTRUNC and taken < DESCRIPTOR_LIMIT:
         text = f"process {os.getpid()} has no file descriptors left; raise its limit (`ulimit -n`), or close something"
         error = NoDescriptorError(errno.EMFILE, text)
-        error.packet = bytes(memoryview(buffer)[:nbytes])
+        error.packet = bytes(packet)
         raise error
-    if cut_off:
+    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
         raise MalformedError(f"a message has at most {MESSAGE_LIMIT} bytes and {DESCRIPTOR_LIMIT} descriptors")
-    return bytes(memoryview(buffer)[:nbytes]), list(fds)
+    return bytes(packet)
 
 
 # --- errors on the wire

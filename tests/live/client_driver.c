@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -133,8 +134,11 @@ static void forks(void) {
     volatile unsigned char *bytes = hwpoison_address(table);
     bytes[0] = 7;
     pid_t child = fork();
-    if (!child)
+    if (!child) {
+        for (int i = 0; i < 400; i++)
+            MUST(mmap(NULL, page << i % 12, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) != MAP_FAILED);
         _exit(bytes[0]); /* SIGSEGV */
+    }
     int status;
     MUST(waitpid(child, &status, 0) == child && WIFSIGNALED(status) && WTERMSIG(status) == SIGSEGV);
     child = fork();
@@ -211,6 +215,13 @@ static void descriptors(void) {
     MUST(refused && hwpoison_nbytes(table));
 }
 
+static void closes(void) {
+    say("ready");
+    hear();
+    hwpoison_close(table);
+    say("closed");
+}
+
 static void sleeps(void) {
     volatile unsigned char *bytes = hwpoison_address(table);
     say("ready");
@@ -224,7 +235,7 @@ int main(int count, char **arguments) {
         const char *name;
         void (*test)(void);
     } tests[] = {{"memory", memory}, {"losses", losses}, {"threads", threads}, {"forks", forks}, {"sleeps", sleeps},
-                 {"connects", connects}, {"forks beside", forks_beside}, {"descriptors", descriptors}};
+                 {"connects", connects}, {"forks beside", forks_beside}, {"descriptors", descriptors}, {"closes", closes}};
     page = (size_t)sysconf(_SC_PAGESIZE);
     manager = hwpoison_connect(NULL);
     if (!manager) {

@@ -43,8 +43,8 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
 
 
 @contextmanager
-def running(program: Path, *arguments: str, socket: str) -> Iterator[subprocess.Popen[str]]:
-    environment = {**os.environ, "HWPOISON_SOCKET": socket}
+def running(program: Path, *arguments: str, socket: str, preload: str = "") -> Iterator[subprocess.Popen[str]]:
+    environment = {**os.environ, "HWPOISON_SOCKET": socket, "LD_PRELOAD": preload}
     with subprocess.Popen(
         [program, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
@@ -196,6 +196,25 @@ def test_who_sleeps_is_ended_when_nobody_is_left(driver: Path, tmp_path: Path) -
             wait_until(lambda: state_of(process.pid) != "R", "it sleeps")
             kill_service(server.pid)
             assert process.wait(SECONDS_MAX) == -signal.SIGKILL
+
+
+def test_who_closes_the_last_memory_of_a_manager_that_ends_is_not_ended_with_it(driver: Path, tmp_path: Path) -> None:
+    """Also if it is not scheduled just between what it says and what it does."""
+    path, slow = tmp_path / "socket", tmp_path / "slow.so"
+    source = Path(__file__).with_name("slow_fcntl.c")
+    subprocess.run(["cc", "-Wall", "-Werror", "-shared", "-fPIC", "-o", str(slow), str(source), "-ldl"], check=True)
+    code = 'with hwpoison.connect(arguments[0]) as manager:\n    manager.allocate(1 << 16, "table", persistent=True)\n'
+    with serving(path) as server:
+        with Child(code, str(path)) as child:
+            assert child.wait() == 0, child.errors
+        with running(driver, "closes", socket=str(path), preload=str(slow)) as process:
+            assert lines(process) == ["ready"]
+            server.send_signal(signal.SIGTERM)
+            wait_until(lambda: not path.exists(), "nobody new is let in")
+            tell(process)
+            assert lines(process) == ["closed"]
+            assert process.wait(SECONDS_MAX) == 0
+        assert server.wait(SECONDS_MAX) == 0
 
 
 def test_a_loss_of_what_has_the_longest_name_is_told(client: Path, manager: hwpoison.Manager) -> None:

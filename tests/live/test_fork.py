@@ -8,7 +8,7 @@ import pytest
 
 import hwpoison
 from tests.live.process import Child
-from tests.support import wait_until
+from tests.support import SECONDS_MAX, wait_until
 
 pytestmark = pytest.mark.live
 
@@ -306,6 +306,9 @@ with hwpoison.guard(memory) as safe:
 for touched in (view, guarded):
     child = ctypes.CDLL(None).fork()
     if not child:
+        # What is mapped now, or allocated, is nowhere where a view shows it.
+        kept = [mmap.mmap(-1, nbytes) for nbytes in (8 * PAGE, PAGE, 1 << 21, 1 << 26) for _ in range(100)]
+        kept += [numpy.zeros(nbytes) for nbytes in (1 << 10, 1 << 16, 1 << 20) for _ in range(100)]
         os._exit(touched[0])
     say(status(child))
 child = ctypes.CDLL(None).fork()
@@ -319,6 +322,85 @@ say(status(child))
     with Child(BEGIN + code) as child:
         assert [child.hear() for _ in range(3)] == [-signal.SIGSEGV, -signal.SIGSEGV, 7]
         assert child.wait() == 0, child.errors
+
+
+def test_a_fork_while_another_thread_closes_a_memory() -> None:
+    """At any point of it: the child has all others, and can close them."""
+    code = """
+manager = hwpoison.Manager()
+table = manager.allocate(PAGE, "table")
+table.write(0, b"t")
+over = threading.Event()
+def work():
+    while not over.is_set():
+        manager.allocate(4 * PAGE).close()
+threads = [threading.Thread(target=work) for _ in range(3)]
+for one in threads:
+    one.start()
+failed = []
+for _ in range(200):
+    child = os.fork()
+    if not child:
+        signal.alarm(SECONDS_MAX)
+        try:
+            assert table.read(0, 1) == b"t"
+            manager.close()
+        except BaseException as error:
+            os.write(2, repr(error).encode())
+            os._exit(1)
+        os._exit(0)
+    failed.append(status(child))
+over.set()
+for one in threads:
+    one.join()
+say([one for one in failed if one])
+"""
+    with Child(BEGIN + f"SECONDS_MAX = {SECONDS_MAX:.0f}\n" + code) as child:
+        assert child.hear() == [], child.errors
+        assert child.wait() == 0
+
+
+def test_what_a_signal_handler_raises_at_a_fork_is_not_lost() -> None:
+    """But for what it raises before the first of what is done at a fork: Python prints that."""
+    code = """
+manager = hwpoison.Manager()
+memory = manager.allocate(PAGE)
+memory.write(0, b"m")
+swallowed, seen = [], 0
+sys.unraisablehook = lambda one: swallowed.append(str(one.object))
+class Interrupt(BaseException):
+    pass
+raised = 0
+def handler(*_):
+    global raised
+    raised += 1
+    raise Interrupt
+def children():
+    with open(f"/proc/self/task/{os.getpid()}/children") as file:
+        return set(map(int, file.read().split()))
+others = children()
+signal.signal(signal.SIGALRM, handler)
+for number in range(400):
+    before, child = raised, None
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1e-5 * (1 + number % 200))
+        child = os.fork()
+        if not child:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            os._exit(memory.read(0, 1) != b"m")
+        while raised == before:
+            pass
+    except Interrupt:
+        seen += 1
+    # There is none if it was raised before the fork.
+    for one in children() - others:
+        assert status(one) == 0
+assert raised == 400
+say([seen > 200, seen + len(swallowed), sorted({one.split()[1] for one in swallowed} - {"_before"})])
+"""
+    with Child(BEGIN + code) as child:
+        assert child.hear() == [True, 400, []], child.errors
+        assert child.wait() == 0
 
 
 def test_a_fork_while_the_manager_dies() -> None:

@@ -16,7 +16,7 @@ import pytest
 
 import hwpoison
 from hwpoison import Policy
-from hwpoison.linux.syscalls import PAGE_SIZE
+from hwpoison.linux.syscalls import PAGE_SIZE, SI_QUEUE
 from tests.live.process import Child, kill, kill_service, serving
 from tests.live.signals import BUS_MCEERR_AO, end_tracing, next_bus_error, seize
 from tests.support import wait_until
@@ -173,6 +173,32 @@ def test_early_is_the_signal_that_the_kernel_would_send(how: str, manager: hwpoi
         end_tracing(thread)
         assert child.wait() == -signal.SIGBUS
     assert os.getpid() in manager.inject(table, 4 * PAGE).victims
+
+
+@pytest.mark.parametrize("handled", [False, True])
+def test_early_is_told_where_the_signal_is_blocked(handled: bool, manager: hwpoison.Manager, table: hwpoison.Memory) -> None:
+    """Without a handler it is waited for; with one, this thread may just have been started by one that blocks everything."""
+    code = """
+import faulthandler
+if arguments[1]:
+    faulthandler.enable()
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGBUS])
+manager = hwpoison.connect(arguments[0])
+memory = manager.attach("table")
+memory.policy = "early"
+say()
+say(signal.sigwaitinfo([signal.SIGBUS]).si_code)
+hear()
+"""
+    with Child(code, manager.socket, handled) as child:
+        child.hear()
+        manager.inject(table, 3 * PAGE)
+        if handled:
+            assert child.wait() == -signal.SIGBUS
+        else:
+            assert child.hear() == SI_QUEUE
+            child.tell()
+            assert child.wait() == 0, child.errors
 
 
 def test_early_is_that_signal_in_a_forked_child_too(manager: hwpoison.Manager, table: hwpoison.Memory) -> None:

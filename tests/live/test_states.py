@@ -73,7 +73,7 @@ def test_a_clean_file_page_that_nobody_maps_is_dropped_and_read_on_the_next_acce
     with path.open("rb") as opened, hwpoison.connect(manager.socket) as other:
         request = protocol.Open(str(path), 0, None, False)
         _, fds = other.connection.request_fds(request, protocol.Found, [opened.fileno()])
-        os.close(fds[0])
+        fds.close()
         memory.close()
         read = manager.statistics().read
         failure = manager.report(str(path), PAGE)

@@ -7,6 +7,7 @@ witness must have noticed nothing, and the manager must hold as many descriptors
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import signal
 import socket
@@ -25,7 +26,7 @@ from hypothesis import strategies as st
 import hwpoison
 from hwpoison import protocol
 from hwpoison.core.records import Failure, Notice, Outcome, Report, State
-from hwpoison.linux import userfaultfd
+from hwpoison.linux import syscalls, userfaultfd
 from hwpoison.linux.quarantine import PIPE_FRAMES
 from hwpoison.linux.syscalls import PAGE_SIZE
 from hwpoison.service.channel import NOTICES_LIMIT
@@ -381,6 +382,26 @@ def test_a_descriptor_that_cannot_back_an_object_as_asked_is_refused(client: Raw
     assert client.error(protocol.Open("file", 0, None, writable=True)) == "ValueError"
 
 
+@pytest.mark.parametrize("what", ["nothing", "not registered", "other memory", "the last page is not", "not watched"])
+def test_a_mapping_that_is_not_registered_is_refused(client: RawClient, tmp_path: Path, what: str) -> None:
+    """Its absent pages would be zeros, for everybody."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(3 * PAGE_SIZE))
+    with path.open("r+b") as file:
+        watched = protocol.Open("file", 0, None, writable=True)
+        asked = (watched, (file.fileno(),)) if what == "not watched" else (protocol.Allocate(3 * PAGE_SIZE),)
+        found, memory = client.found(*asked)
+    room = mmap.mmap(-1, 3 * PAGE_SIZE, mmap.MAP_PRIVATE) if what == "other memory" else mmap.mmap(memory, 3 * PAGE_SIZE)
+    address = syscalls.address_of(room)
+    if what in ("the last page is not", "not watched"):
+        nbytes = 3 * PAGE_SIZE if what == "not watched" else 2 * PAGE_SIZE
+        userfaultfd.register(client.userfaultfd, address, nbytes, userfaultfd.MODE_MISSING)
+    if what == "nothing":
+        room.close()
+    assert client.error(protocol.Map(found.object, address, 1)) == "ValueError"
+    os.close(memory)
+
+
 @pytest.mark.parametrize("address", [0, -PAGE_SIZE, 1 << 20 | 1, 1 << 62, 1 << 63, (1 << 64) - PAGE_SIZE])
 def test_a_mapping_where_none_can_be_is_refused(client: RawClient, address: int) -> None:
     found, memory = client.found(protocol.Allocate(2 * PAGE_SIZE))
@@ -392,7 +413,14 @@ def test_a_mapping_over_another_one_takes_its_place_until_the_client_says_that_t
     client: RawClient,
 ) -> None:
     found, memory = client.found(protocol.Allocate(2 * PAGE_SIZE))
-    _, address = client.show(found, memory)
+    # Where it says that it has mapped it, there is something that is registered.
+    os.close(memory)
+    memory = os.memfd_create("registered")
+    os.ftruncate(memory, 4 * PAGE_SIZE)
+    room = mmap.mmap(memory, 4 * PAGE_SIZE)
+    os.close(memory)
+    address = syscalls.address_of(room) + PAGE_SIZE
+    userfaultfd.register(client.userfaultfd, address - PAGE_SIZE, 4 * PAGE_SIZE, userfaultfd.MODE_MISSING)
     numbers = []
     for number, overlapping in enumerate((address, address - PAGE_SIZE, address, address + PAGE_SIZE)):
         assert isinstance(client.ask(protocol.Map(found.object, overlapping, number)), protocol.Mapped)
@@ -543,7 +571,11 @@ def test_a_reply_that_is_larger_than_a_packet_arrives_whole() -> None:
         assert received == reply
         assert len(fds) == 1
         assert os.path.samestat(os.fstat(fds[0]), os.fstat(beside.fileno()))
-        os.close(fds[0])
+        # Whoever drops them closes them.
+        number = fds[0]
+        del fds
+        with pytest.raises(OSError, match="descriptor"):
+            os.fstat(number)
 
 
 def test_a_reply_that_cannot_be_said_is_answered_as_failed_and_the_channel_goes_on(tmp_path: Path) -> None:

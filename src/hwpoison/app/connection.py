@@ -161,7 +161,7 @@ class Connection:
             raise
         if board:
             self.words = memoryview(mmap.mmap(board[0], 0)).cast("Q")
-            os.close(board[0])
+            board.close()
         return reply, reply.pid
 
     def _open_userfaultfd(self) -> Opened:
@@ -187,8 +187,7 @@ class Connection:
             except OSError:
                 pass  # It is no device that this kernel knows. What there is works too, within limits.
             finally:
-                for fd in fds:
-                    os.close(fd)
+                fds.close()
         if opened is None:
             assert refused is not None
             raise refused
@@ -276,7 +275,7 @@ class Connection:
 
     def request_fds(
         self, message: protocol.Message, kind: type[Reply], fds: list[int] | None = None
-    ) -> tuple[Reply, list[int]]:
+    ) -> tuple[Reply, protocol.Descriptors]:
         """As `request`, with descriptors both ways; those that come are the caller's."""
         channel = self.take_channel()
         try:
@@ -293,7 +292,7 @@ class Connection:
 
     def ask(
         self, channel: Channel, message: protocol.Message, kind: type[Reply], fds: list[int] | None = None
-    ) -> tuple[Reply, list[int]]:
+    ) -> tuple[Reply, protocol.Descriptors]:
         """As `request_fds`, on a channel that the caller has taken and closes if anything goes wrong."""
         reply, reply_fds = self._answer(channel, message, fds)
         return self._checked(message, kind, reply), reply_fds
@@ -316,13 +315,13 @@ class Connection:
 
     def _answer(
         self, channel: Channel, message: protocol.Message, fds: list[int] | None
-    ) -> tuple[protocol.Message, list[int]]:
+    ) -> tuple[protocol.Message, protocol.Descriptors]:
         self._say_unmapped(channel)
         return self._exchange_again(channel, message, fds)
 
     def _exchange_again(
         self, channel: Channel, message: protocol.Message, fds: list[int] | None = None
-    ) -> tuple[protocol.Message, list[int]]:
+    ) -> tuple[protocol.Message, protocol.Descriptors]:
         """The reply: of the next manager, on another channel, if this one dies. Raises ConnectionError if there is none."""
         refused, life = 0, self.life
         while True:
@@ -350,7 +349,7 @@ class Connection:
     @staticmethod
     def _exchange(
         channel: socket.socket, message: protocol.Message, fds: list[int] | None = None
-    ) -> tuple[protocol.Message, list[int]]:
+    ) -> tuple[protocol.Message, protocol.Descriptors]:
         try:
             protocol.send(channel, message, fds or ())
             return protocol.receive_reply(channel)
@@ -394,8 +393,7 @@ class Connection:
         poll.register(self._control, select.POLLIN)
         while poll.poll(REFUSAL_SECONDS * 1000):
             said, fds = protocol.receive_reply(self._control)
-            for fd in fds:
-                os.close(fd)
+            fds.close()
             if isinstance(said, protocol.Failed):
                 return said
         return None
@@ -440,6 +438,10 @@ class Connection:
         watch = Watch(_nothing_mapped)
         watch.number, watch.name = number, ""
         self._unmapped.append(watch)
+
+    def not_there(self, number: int) -> None:
+        """In a forked child: the manager does not know of it."""
+        self._watched.pop(number, None)
 
     def unmapped(self, number: int) -> None:
         """The mapping is gone; the manager is told with the next request. Twice is as good as once."""

@@ -18,7 +18,8 @@ from contextlib import suppress
 
 from hwpoison.app.connection import Connection, all_connections
 from hwpoison.app.mapping import Mapped, again, all_mapped, fence, forget
-from hwpoison.app.memory import all_memories
+from hwpoison.app.memory import all_memories, every_memory
+from hwpoison.linux import syscalls
 
 log = logging.getLogger("hwpoison")
 
@@ -42,6 +43,8 @@ class _Forking(threading.local):
         self.parent = 0
         self.known: set[Mapped] = set()
         """What the manager knew of before anything was asked for: the invitations have it."""
+        self.blocked: set[signal.Signals | int] | None = None
+        """The signals that the thread blocks when it does not fork."""
 
 
 _forking = _Forking()
@@ -50,6 +53,11 @@ _open: set[socket.socket] = set()
 
 
 def _before() -> None:
+    # What a signal handler raises in here would be printed and lost. It comes when the fork is over.
+    _forking.blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    # Even this may raise, when they are blocked.
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    syscalls.choose_to_unblock(())
     _forking.invitations, _forking.known, _forking.parent = {}, set(), os.getpid()
     # What other threads make while a manager is asked is for the next round: each takes a fraction of a millisecond.
     for _ in range(ROUNDS):
@@ -95,15 +103,18 @@ def _in_parent() -> None:
         if invitation is not None:
             _open.discard(invitation)
             invitation.close()
+    blocked, _forking.blocked = _forking.blocked, None
+    if blocked is not None:
+        syscalls.choose_to_unblock(signal.valid_signals() - blocked)
 
 
 def _in_child() -> None:
-    # What a signal handler raises here would leave something behind that is not there.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    blocked, _forking.blocked = _forking.blocked, None
     try:
-        _begin_again(before)
+        _begin_again(blocked or ())
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if blocked is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def _begin_again(blocked: Collection[int]) -> None:
@@ -111,10 +122,9 @@ def _begin_again(blocked: Collection[int]) -> None:
     for one in _open.difference(invitations.values()):
         one.close()
     _open.clear()
-    # Begun in another thread after the invitations.
-    come_since = [
-        one for one in list(all_connections) if not one.closing and one.owner == _forking.parent and one not in invitations
-    ]
+    # Begun in another thread after the invitations; or all, if a signal handler has raised before there were any.
+    parent, _forking.parent = _forking.parent or os.getppid(), 0
+    come_since = [one for one in list(all_connections) if not one.closing and one.owner == parent and one not in invitations]
     invitations.update(dict.fromkeys(come_since))
     everything = all_mapped()
     known, _forking.known = _forking.known, set()
@@ -137,7 +147,7 @@ def _begin_again(blocked: Collection[int]) -> None:
         finally:
             if invitation is not None:
                 invitation.close()
-    for memory in all_memories():
+    for memory in every_memory():
         memory._begin_again()
     for connection in invitations:
         if connection.owner == os.getpid():
@@ -155,6 +165,8 @@ def _fenced(mapped: Mapped) -> bool:
 
 def _not_there(mapped: Mapped, error: Exception, level: int = logging.ERROR) -> None:
     forget(mapped)
+    mapped.told = False
+    mapped.connection.not_there(mapped.number)
     log.log(level, "memory %r is not there in the forked child %d: %s", mapped.found.name, os.getpid(), error)
 
 
@@ -173,3 +185,5 @@ def _map_again(connection: Connection, mapped: list[Mapped], known: set[Mapped])
 
 
 os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_in_child)
+# A function of ours would be in the way of what a handler raises.
+os.register_at_fork(after_in_parent=syscalls.unblock_chosen)

@@ -192,13 +192,8 @@ class BaseManager(ABC):  # noqa: B024  (plain ones are registered)
     def _mapped(
         self, channel: Channel, message: protocol.Allocate | protocol.Open | protocol.Attach, fds: list[int] | None
     ) -> Memory:
-        memory_fds: list[int] = []
-        try:
-            found, memory_fds = self.connection.ask(channel, message, protocol.Found, fds)
-            return Memory(self, found, Descriptor(memory_fds.pop()), channel, message.mapping)
-        finally:
-            for fd in memory_fds:
-                os.close(fd)
+        found, memory_fds = self.connection.ask(channel, message, protocol.Found, fds)
+        return Memory(self, found, Descriptor(memory_fds.pop()), channel, message.mapping)
 
     def _open_memory(self, number: int) -> Memory | None:
         return next((one for one in list(self._open.values()) if one.object_number == number), None)

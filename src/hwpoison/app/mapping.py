@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import mmap
-import os
 import weakref
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -20,6 +19,11 @@ from hwpoison.linux.syscalls import PAGE_SIZE
 
 if TYPE_CHECKING:
     from hwpoison.app.connection import Channel, Connection
+
+
+PLACES_MAX = 16
+"""So many are tried, further and further down, for a mapping that is to be far from others."""
+_last_place = [0]
 
 
 class Watch(weakref.ref[mmap.mmap]):
@@ -99,9 +103,45 @@ def _keep_plain(address: int, nbytes: int) -> None:
 
 def map_object(fd: int, found: protocol.Found, *, guarded: bool) -> Mapping:
     """The memory `fd` of an object, mapped and not yet registered."""
-    mapping = Mapping(fd, -(-found.nbytes // PAGE_SIZE) * PAGE_SIZE, *_flags(found, guarded=guarded))
+    mapping = _map_apart(fd, -(-found.nbytes // PAGE_SIZE) * PAGE_SIZE, *_flags(found, guarded=guarded))
     _keep_plain(syscalls.address_of(mapping), len(mapping))
     return mapping
+
+
+def _map_apart(fd: int, nbytes: int, flags: int, protection: int) -> Mapping:
+    """A mapping far from where the kernel puts what is mapped later.
+
+    A child that C code has forked has nothing at our addresses, and nothing else must come there by itself: views would show
+    it. Where that can't be had, it stays where the kernel has put it.
+    """
+    mapping = Mapping(fd, nbytes, flags, protection)
+    address = _reserved(nbytes, syscalls.address_of(mapping))
+    if address:
+        try:
+            syscalls.map_memory(nbytes, protection, flags | syscalls.MAP_FIXED, fd, address)
+            if syscalls.move(mapping, address):
+                address = 0
+        finally:
+            if address:
+                syscalls.unmap_memory(address, nbytes)
+    return mapping
+
+
+def _reserved(nbytes: int, usual: int) -> int:
+    """An address in the second quarter of the address space, at whose end (`usual`) the kernel puts mappings. 0: none.
+
+    It is taken until something is mapped there.
+    """
+    for attempt in range(PLACES_MAX):
+        # Of two threads that come to the same place at a time, one gets it.
+        place = _last_place[0] - (nbytes << attempt)
+        if not usual // 4 < place < usual // 2:
+            place = usual // 2 // PAGE_SIZE * PAGE_SIZE - nbytes
+        _last_place[0] = place
+        with suppress(OSError):
+            syscalls.fence(place, nbytes)
+            return place
+    return 0
 
 
 def register(
@@ -164,8 +204,7 @@ def again(mapped: Mapped, channel: Channel) -> None:
     try:
         syscalls.map_memory(mapped.nbytes, protection, flags | syscalls.MAP_FIXED, fds[0], mapped.address)
     finally:
-        for fd in fds:
-            os.close(fd)
+        fds.close()
     try:
         _keep_plain(mapped.address, mapped.nbytes)
         _watch_faults(connection, mapped.found, mapped.address, mapped.nbytes, guarded=mapped.guarded)

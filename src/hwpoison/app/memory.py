@@ -36,10 +36,15 @@ if TYPE_CHECKING:
 _memories: weakref.WeakValueDictionary[int, Memory] = weakref.WeakValueDictionary()
 
 
+def every_memory() -> list[Memory]:
+    """Those that are closed, or were the parent's, too."""
+    found = [reference() for reference in _memories.valuerefs()]
+    return [one for one in found if one is not None]
+
+
 def all_memories() -> list[Memory]:
     """Those that are open."""
-    found = [reference() for reference in _memories.valuerefs()]
-    return [one for one in found if one is not None and not one.closed and one._connection.owner == os.getpid()]
+    return [one for one in every_memory() if not one.closed and one._connection.owner == os.getpid()]
 
 
 class Memory(ABC):  # noqa: B024  (plain ones are registered)
@@ -99,7 +104,15 @@ class Memory(ABC):  # noqa: B024  (plain ones are registered)
 
     def _begin_again(self) -> None:
         """The mappings are there again, as another client's."""
+        # A thread that only the parent has may have held it.
         self._lock = threading.RLock()
+        if self._mapping.closed or not self._mapped.told:
+            # That thread was closing it, or it could not be had again: the parent has it, and what is to be flushed.
+            self.closed = self._mapping.closed
+            self._unfinished.clear()
+            self._manager._open.pop(id(self), None)
+        if self.closed or self._connection.owner != os.getpid():
+            return
         self._errors = self._mapped.errors
         if self._descriptor is not None:
             self._descriptor.inherited()

@@ -24,7 +24,7 @@ from hwpoison import protocol
 from hwpoison.app.mapping import all_mapped
 from hwpoison.core import records
 from hwpoison.core.records import Policy
-from hwpoison.linux import syscalls
+from hwpoison.linux import early
 from hwpoison.plain import notices as plain
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ class Notices:
         self._lock = threading.RLock()
         self._entries: list[Entry] = []
         self._channel: socket.socket | None = None
+        self._thread: threading.Thread | None = None
         self._wake = -1
         """An eventfd: somebody has come who must be told of what was before."""
         connection.on_fork.append(self.begin_again)
@@ -160,8 +161,12 @@ class Notices:
         try:
             wake = self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             arguments = (channel, wake, blocked)
-            threading.Thread(target=self._run, args=arguments, name="hwpoison-notices", daemon=True).start()
+            self._thread = threading.Thread(target=self._run, args=arguments, name="hwpoison-notices", daemon=True)
+            self._thread.start()
         except BaseException:
+            if self._thread is not None and self._thread.ident is not None:
+                # A signal handler has raised when it ran already.
+                raise
             self._channel = None
             channel.shutdown(socket.SHUT_RDWR)
             channel.close()
@@ -191,14 +196,21 @@ class Notices:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         last, listening = 0, True
         poll = select.poll()
-        poll.register(wake, select.POLLIN)
-        poll.register(channel, select.POLLIN)
+        try:
+            poll.register(wake, select.POLLIN)
+            poll.register(channel, select.POLLIN)
+        except ValueError:
+            # A signal handler has raised while it was started: whoever comes next starts another one.
+            return
         while True:
             ready = [fd for fd, _ in poll.poll(None if listening else AGAIN_SECONDS * 1000)]
             if wake in ready:
                 with suppress(BlockingIOError):
                     os.eventfd_read(wake)
                 self._tell_of_before()
+            if self._thread is not threading.current_thread():
+                # A function has forked and come back, in the child: that has a thread of its own for this.
+                return
             if ready == [wake]:
                 continue
             data = b""
@@ -210,6 +222,8 @@ class Notices:
                     last = self._news(protocol.decode_reply(data), last)
                 except Exception:
                     log.exception("a notice could not be delivered")
+                if self._thread is not threading.current_thread():
+                    return
                 continue
             # It was closed here, or the manager has died.
             if listening:
@@ -281,6 +295,8 @@ class Notices:
             self._deliver(entry, told)
 
     def _deliver(self, entry: Entry, told: protocol.Told) -> None:
+        if self._thread is not threading.current_thread():
+            return
         memory = entry.memory or self._find(told.object)
         values = {name: getattr(told.notice, name) for name in _FIELDS}
         entry.told[told.object, told.notice.offset] = told.notice.event_id
@@ -294,7 +310,7 @@ class Notices:
         for one in all_mapped():
             mine = one.connection is self._connection and one.found.object == told.object and not one.guarded
             if mine and policy_of(self._connection, one.policy) is Policy.EARLY:
-                syscalls.signal_action_optional(one.address + told.notice.offset)
+                early.tell(one.address + told.notice.offset)
                 return
 
     def close(self) -> None:

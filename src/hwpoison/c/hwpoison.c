@@ -34,9 +34,18 @@ enum {
     CONNECT_ATTEMPTS = 10,
     /* How long a manager that could not take a channel may need to say so. */
     REFUSAL_MILLISECONDS = 20,
+    /* So many channels that are closed without a word, one after the other: managers do not die so often. */
+    CHANNEL_ATTEMPTS = 100,
+    DEPTH_MAX = 16,
+    /* Larger than any page. So many places are tried for a mapping, further and further down. */
+    PLACE_ALIGNMENT = 1 << 20,
+    PLACES_MAX = 16,
 };
 
 /* linux/userfaultfd.h, which an older system's headers may have without what is used here. */
+#ifndef MAP_FIXED_NOREPLACE
+#define MAP_FIXED_NOREPLACE 0x100000
+#endif
 #define UFFD_API_NUMBER 0xAAull
 #define UFFD_IOC_API _IOWR(0xAA, 0x3F, struct uffd_api)
 #define UFFD_IOC_REGISTER _IOWR(0xAA, 0x00, struct uffd_register)
@@ -95,9 +104,11 @@ struct hwpoison_manager {
     size_t page_size;
     atomic_uint_least64_t *board;
     size_t board_nbytes;
-    uint64_t numbers;
+    uint64_t numbers, life; /* how many managers there were, as far as is known here */
     /* Held while something is asked. */
     pthread_mutex_t lock;
+    /* Held, beside that, while the list changes. */
+    pthread_mutex_t memories_lock;
     hwpoison_memory *memories;
     uint8_t *packet, *large, *told;
     size_t nbytes;
@@ -267,12 +278,16 @@ static value want(reader *in, enum kind kind) {
     return found;
 }
 
-static void skip(reader *in) {
+static void skip_within(reader *in, int depth) {
     value found = next(in);
     uint64_t items = found.kind == ARRAY ? found.number : found.kind == MAP ? 2 * found.number : 0;
-    while (items-- && !in->wrong)
-        skip(in);
+    if (items && depth == DEPTH_MAX)
+        in->wrong = true;
+    for (; items && !in->wrong; items--)
+        skip_within(in, depth + 1);
 }
+
+static void skip(reader *in) { skip_within(in, 0); }
 
 static bool is(value found, const char *text) {
     return found.kind == TEXT && found.number == strlen(text) && !memcmp(found.text, text, found.number);
@@ -310,9 +325,9 @@ static int send_packet(int channel, const void *bytes, size_t nbytes, const int 
 }
 
 /* The bytes of a packet; 0 if the other end is gone. `fds` has room for DESCRIPTORS_MAX. */
-static ssize_t receive_packet(int channel, uint8_t *bytes, int *fds, size_t *count, int flags) {
+static ssize_t receive_packet(int channel, uint8_t *bytes, size_t room, int *fds, size_t *count, int flags) {
     char control[CMSG_SPACE(DESCRIPTORS_MAX * sizeof(int))];
-    struct iovec part = {bytes, MESSAGE_LIMIT};
+    struct iovec part = {bytes, room};
     struct msghdr header = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};
     ssize_t nbytes;
     *count = 0;
@@ -347,11 +362,20 @@ static void let_go(int *fd) {
     pthread_mutex_unlock(&managers_lock);
 }
 
+/* What is behind ["Failed", ...]. */
+static int refused_channel(reader *in) {
+    skip(in);
+    value number = next(in), text = next(in);
+    bool said = !in->wrong && number.kind == NUMBER && text.kind == TEXT;
+    return failed(said && number.number ? (int)number.number : EMFILE, "the manager takes no channel: %.*s",
+                  said ? (int)text.number : 30, said ? text.text : "it does not say why in full");
+}
+
 /* A new socket pair, of which the manager has the other end: asked for on the first channel, which outlives the manager. Its
  * answer comes by the new one, which takes the place of what is at `channel`. With the lock held. */
 static int new_channel(hwpoison_manager *manager, const char *request, uint64_t after, int *channel) {
-    uint8_t answer[256];
-    for (;;) {
+    uint8_t *answer = manager->packet + MESSAGE_LIMIT;
+    for (int attempt = 0; attempt < CHANNEL_ATTEMPTS; attempt++) {
         int pair[2], fds[DESCRIPTORS_MAX];
         size_t count;
         /* A child that is forked meanwhile would keep the other end open for ever. */
@@ -377,14 +401,15 @@ static int new_channel(hwpoison_manager *manager, const char *request, uint64_t 
             let_go(&manager->coming);
             return failed(ECONNRESET, "the manager is gone, and its keeper");
         }
-        ssize_t got = recv(manager->coming, answer, sizeof answer, 0);
+        ssize_t got = recv(manager->coming, answer, MESSAGE_LIMIT, 0);
         while (got < 0 && errno == EINTR)
-            got = recv(manager->coming, answer, sizeof answer, 0);
+            got = recv(manager->coming, answer, MESSAGE_LIMIT, 0);
         if (got > 0) {
             reader in = {answer, answer + got, false};
             want(&in, ARRAY);
             value name = next(&in);
             if (is(name, "Added")) {
+                manager->life = want(&in, NUMBER).number;
                 pthread_mutex_lock(&managers_lock);
                 close_fd(channel);
                 *channel = manager->coming;
@@ -393,21 +418,26 @@ static int new_channel(hwpoison_manager *manager, const char *request, uint64_t 
                 return 0;
             }
             let_go(&manager->coming);
-            skip(&in);
-            return failed((int)next(&in).number, "the manager takes no channel: %.*s", 200, "it has no descriptors left");
+            return refused_channel(&in);
         }
         let_go(&manager->coming);
         /* It is dead, or could not take the descriptor: then it says so where it was asked. Else the next one is asked. */
         struct pollfd said = {manager->control, POLLIN, 0};
         if (poll(&said, 1, REFUSAL_MILLISECONDS) > 0) {
-            ssize_t refused = receive_packet(manager->control, answer, fds, &count, MSG_DONTWAIT | MSG_TRUNC);
+            ssize_t refused = receive_packet(manager->control, answer, MESSAGE_LIMIT, fds, &count, MSG_DONTWAIT);
             while (count)
                 close(fds[--count]);
-            if (refused >= 0)
-                return failed(refused ? EMFILE : ECONNRESET, refused ? "the manager has no descriptors left"
-                                                                     : "the manager is gone, and its keeper");
+            if (!refused)
+                return failed(ECONNRESET, "the manager is gone, and its keeper");
+            if (refused > 0) {
+                reader in = {answer, answer + refused, false};
+                want(&in, ARRAY);
+                next(&in);
+                return refused_channel(&in);
+            }
         }
     }
+    return failed(ECONNRESET, "the manager takes no channel, and does not say why");
 }
 
 /* Ask what is in the packet; the reply is what `in` reads. With the lock held. The next manager is asked again if this one
@@ -424,18 +454,24 @@ static int ask(hwpoison_manager *manager, int channel, const char *reply, reader
         /* The first one: there is no other yet. */
         if (send_packet(channel, manager->packet, manager->nbytes, fds, count) && errno != EPIPE && errno != ECONNRESET)
             return failed_by("the manager can't be asked");
-        nbytes = receive_packet(channel, manager->packet + room, taken, &taken_count, 0);
+        nbytes = receive_packet(channel, manager->packet + room, room, taken, &taken_count, 0);
+        if (nbytes < 0 && errno == EMFILE)
+            return -1;
         if (nbytes <= 0)
             return failed(ECONNRESET, "no manager answers");
     } else {
+        uint64_t life = manager->life;
         for (int refused = 0;; refused++) {
             if (refused > REFUSALS_MAX)
                 return failed(ECONNRESET, "the manager closes the connection again and again");
             if (manager->channel < 0 && new_channel(manager, "AddChannel", 0, &manager->channel))
                 return -1;
+            if (manager->life != life)
+                refused = 0;
+            life = manager->life;
             bool sent = !send_packet(manager->channel, manager->packet, manager->nbytes, fds, count);
             nbytes = sent || errno == EPIPE || errno == ECONNRESET
-                         ? receive_packet(manager->channel, manager->packet + room, taken, &taken_count, 0)
+                         ? receive_packet(manager->channel, manager->packet + room, room, taken, &taken_count, 0)
                          : -1;
             if (nbytes > 0)
                 break;
@@ -495,7 +531,10 @@ static int request(hwpoison_manager *manager, const char *reply, reader *in) {
 /* A request of which only one number is wanted. Locks. */
 static int64_t request_number(hwpoison_manager *manager, const char *reply) {
     reader in;
-    return request(manager, reply, &in) < 0 ? -1 : (int64_t)want(&in, NUMBER).number;
+    if (request(manager, reply, &in) < 0)
+        return -1;
+    int64_t number = (int64_t)want(&in, NUMBER).number;
+    return in.wrong ? failed(EPROTO, "the manager's %s is none", reply) : number;
 }
 
 /* --- userfaultfd */
@@ -579,7 +618,8 @@ static void begin_to_watch_forks(void) { pthread_atfork(before_fork, in_parent, 
 
 /* --- connecting */
 
-static int connected(const char *name) {
+/* Connects the first channel. A child that is forked meanwhile closes it. */
+static int call(hwpoison_manager *manager, const char *name) {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     size_t length = strlen(name);
     if (length >= sizeof address.sun_path)
@@ -590,15 +630,18 @@ static int connected(const char *name) {
         address.sun_path[0] = 0;
         nbytes--;
     }
-    int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
-    if (fd < 0)
+    pthread_mutex_lock(&managers_lock);
+    manager->control = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+    pthread_mutex_unlock(&managers_lock);
+    if (manager->control < 0)
         return failed_by("no socket");
-    if (connect(fd, (struct sockaddr *)&address, nbytes)) {
-        failed(errno, "no manager answers at %s: %s", name, strerror(errno));
-        close(fd);
-        return -1;
+    /* Without the lock: a manager that is stopped lets wait. */
+    if (connect(manager->control, (struct sockaddr *)&address, nbytes)) {
+        int number = errno;
+        let_go(&manager->control);
+        return failed(number, "no manager answers at %s: %s", name, strerror(number));
     }
-    return fd;
+    return 0;
 }
 
 /* Have a userfaultfd without limits from the manager, if it gives them to this user. */
@@ -648,7 +691,8 @@ static int say_hello(hwpoison_manager *manager) {
     skip(&in);
     manager->page_size = want(&in, NUMBER).number;
     struct stat status;
-    if (in.wrong || !count || fstat(got[0], &status)) {
+    bool sensible = manager->page_size >= 4096 && !(manager->page_size & (manager->page_size - 1));
+    if (in.wrong || !sensible || !count || fstat(got[0], &status)) {
         if (count)
             close(got[0]);
         return failed(EPROTO, "the manager's welcome is none");
@@ -691,6 +735,7 @@ hwpoison_manager *hwpoison_connect(const char *socket) {
     manager->control = manager->channel = manager->coming = manager->userfaultfd = manager->lifeline = manager->other = -1;
     manager->notices = manager->listening = manager->standing_event = -1;
     pthread_mutex_init(&manager->lock, NULL);
+    pthread_mutex_init(&manager->memories_lock, NULL);
     pthread_mutex_init(&manager->notices_lock, NULL);
     /* Known before it has anything: a child that is forked meanwhile closes it. */
     pthread_mutex_lock(&managers_lock);
@@ -698,10 +743,7 @@ hwpoison_manager *hwpoison_connect(const char *socket) {
     managers = manager;
     pthread_mutex_unlock(&managers_lock);
     for (int attempt = 1;; attempt++) {
-        pthread_mutex_lock(&managers_lock);
-        manager->control = connected(name);
-        pthread_mutex_unlock(&managers_lock);
-        if (manager->control < 0)
+        if (call(manager, name))
             break;
         if (!say_hello(manager))
             return manager;
@@ -714,6 +756,7 @@ hwpoison_manager *hwpoison_connect(const char *socket) {
     }
     int number = errno;
     forget(manager);
+    free(manager->large);
     free(manager->packet);
     free(manager);
     errno = number;
@@ -741,13 +784,30 @@ int hwpoison_user_mode(const hwpoison_manager *manager) { return manager->user_m
 
 /* --- memory */
 
+/* Far from where the kernel puts what is mapped later: in a forked child there is nothing at our addresses, and nothing else
+ * must come there by itself. */
+static void *map_apart(size_t nbytes, int protection, int flags, int fd) {
+    static atomic_uintptr_t last;
+    uintptr_t usual = (uintptr_t)&nbytes, lowest = usual / 4, highest = usual / 2 / PLACE_ALIGNMENT * PLACE_ALIGNMENT;
+    for (int attempt = 0; attempt < PLACES_MAX && nbytes <= (highest - lowest) >> (attempt + 1); attempt++) {
+        uintptr_t place = atomic_load(&last) - (nbytes << attempt);
+        if (place <= lowest || place >= highest)
+            place = highest - nbytes;
+        atomic_store(&last, place);
+        void *address = mmap((void *)place, nbytes, protection, flags | MAP_FIXED_NOREPLACE, fd, 0);
+        if (address != MAP_FAILED)
+            return address;
+    }
+    return mmap(NULL, nbytes, protection, flags, fd, 0);
+}
+
 /* Mapped, registered, and only then made known. With the lock held. */
 static int map(hwpoison_memory *memory, struct mapping *mapping, bool guarded) {
     hwpoison_manager *manager = memory->manager;
     size_t nbytes = (memory->nbytes + manager->page_size - 1) / manager->page_size * manager->page_size;
     bool shared = memory->writable && !guarded, protect = memory->protect && !guarded;
     int protection = shared ? PROT_READ | PROT_WRITE : PROT_READ;
-    void *address = mmap(NULL, nbytes, protection, shared ? MAP_SHARED : MAP_PRIVATE, memory->fd, 0);
+    void *address = map_apart(nbytes, protection, shared ? MAP_SHARED : MAP_PRIVATE, memory->fd);
     if (address == MAP_FAILED)
         return failed_by("the memory can't be mapped");
     struct uffd_register registered = {(uintptr_t)address, nbytes, protect ? 3 : 1, 0};
@@ -767,26 +827,33 @@ static int map(hwpoison_memory *memory, struct mapping *mapping, bool guarded) {
     put_number(manager, mapping->number);
     put_truth(manager, guarded);
     arm(manager, true);
-    if (request(manager, "Mapped", &in) < 0) {
+    int answered = request(manager, "Mapped", &in);
+    if (answered >= 0) {
+        mapping->slot = (int64_t)want(&in, NUMBER).number;
+        mapping->errors = want(&in, NUMBER).number;
+        int64_t slots = (int64_t)(manager->board_nbytes / (2 * sizeof *manager->board));
+        if (in.wrong || (guarded && (mapping->slot < 0 || mapping->slot >= slots)))
+            answered = failed(EPROTO, "the manager's answer to Map is none");
+    }
+    if (answered < 0) {
+        int number = errno;
         munmap(address, nbytes);
+        if (!manager->memories)
+            arm(manager, false);
+        errno = number;
         return -1;
     }
     mapping->address = address;
     mapping->nbytes = nbytes;
-    mapping->slot = (int64_t)want(&in, NUMBER).number;
-    mapping->errors = want(&in, NUMBER).number;
     return 0;
 }
 
-/* With the lock held. */
-static void unmap(hwpoison_manager *manager, struct mapping *mapping) {
+/* Say that a mapping is gone. With the lock held. */
+static void say_unmapped(hwpoison_manager *manager, struct mapping *mapping) {
     reader in;
     int number = errno;
     char said[sizeof message];
     memcpy(said, message, sizeof said);
-    if (mapping->address)
-        munmap(mapping->address, mapping->nbytes);
-    mapping->address = NULL;
     begin(manager, "Unmap", 1);
     put_number(manager, mapping->number);
     request(manager, "Done", &in);
@@ -802,7 +869,7 @@ static hwpoison_memory *found(hwpoison_manager *manager, uint64_t number) {
     if (ask(manager, -1, "Found", &in, got, &count, NULL, 0) < 0) {
         /* It may be there, and its descriptor could not be taken. */
         struct mapping never = {.number = number};
-        unmap(manager, &never);
+        say_unmapped(manager, &never);
         return NULL;
     }
     value object = want(&in, NUMBER), name = want(&in, TEXT), nbytes = want(&in, NUMBER);
@@ -827,14 +894,16 @@ static hwpoison_memory *found(hwpoison_manager *manager, uint64_t number) {
     memory->plain.number = number;
     pthread_mutex_init(&memory->lock, NULL);
     if (map(memory, &memory->plain, false)) {
-        unmap(manager, &memory->plain);
+        say_unmapped(manager, &memory->plain);
         close(memory->fd);
         free(memory->name);
         free(memory);
         return NULL;
     }
+    pthread_mutex_lock(&manager->memories_lock);
     memory->next = manager->memories;
     manager->memories = memory;
+    pthread_mutex_unlock(&manager->memories_lock);
     return memory;
 }
 
@@ -860,6 +929,13 @@ hwpoison_memory *hwpoison_allocate(hwpoison_manager *manager, uint64_t nbytes, c
     put_truth(manager, false);
     hwpoison_memory *memory = found(manager, number);
     pthread_mutex_unlock(&manager->lock);
+    /* In user mode a system call can't use pages that are not there. */
+    if (memory && manager->user_mode && hwpoison_prefetch(memory, 0, memory->nbytes)) {
+        int why = errno;
+        hwpoison_close(memory);
+        errno = why;
+        return NULL;
+    }
     return memory;
 }
 
@@ -875,15 +951,21 @@ void hwpoison_close(hwpoison_memory *memory) {
     hwpoison_manager *manager = memory->manager;
     pthread_mutex_lock(&manager->lock);
     if (memory->view.address)
-        unmap(manager, &memory->view);
-    unmap(manager, &memory->plain);
+        munmap(memory->view.address, memory->view.nbytes);
+    munmap(memory->plain.address, memory->plain.nbytes);
+    pthread_mutex_lock(&manager->memories_lock);
     for (hwpoison_memory **one = &manager->memories; *one; one = &(*one)->next)
         if (*one == memory) {
             *one = memory->next;
             break;
         }
+    pthread_mutex_unlock(&manager->memories_lock);
+    /* Before it is said: a manager that only waits for this ends when it hears it, and what is armed would end us. */
     if (!manager->memories)
         arm(manager, false);
+    if (memory->view.address)
+        say_unmapped(manager, &memory->view);
+    say_unmapped(manager, &memory->plain);
     pthread_mutex_unlock(&manager->lock);
     close(memory->fd);
     free(memory->name);
@@ -1100,11 +1182,11 @@ static uint64_t read_told(hwpoison_manager *manager, reader *in, hwpoison_notice
         else if (is(name, "time"))
             notice->time = found.kind == REAL ? found.real : (double)found.number;
     }
-    pthread_mutex_lock(&manager->lock);
+    pthread_mutex_lock(&manager->memories_lock);
     for (hwpoison_memory *one = manager->memories; one && !notice->memory; one = one->next)
         if (one->object == object)
             notice->memory = one;
-    pthread_mutex_unlock(&manager->lock);
+    pthread_mutex_unlock(&manager->memories_lock);
     return number;
 }
 
@@ -1181,6 +1263,10 @@ static int64_t settle(hwpoison_memory *memory, uint64_t seen, hwpoison_range *ra
         for (int64_t left = (int64_t)want(&again, ARRAY).number; met >= 0 && left > 0; left--) {
             want(&again, ARRAY);
             uint64_t offset = want(&again, NUMBER).number, nbytes = want(&again, NUMBER).number;
+            if (offset > memory->nbytes || nbytes > memory->nbytes - offset) {
+                met = failed(EPROTO, "the manager tells of losses that are not in the memory");
+                break;
+            }
             madvise((char *)memory->view.address + offset, nbytes, MADV_DONTNEED);
         }
         if (met >= 0 && *count > memory->clean)
@@ -1201,7 +1287,7 @@ hwpoison_guard *hwpoison_guard_open(hwpoison_memory *memory, const void **view) 
         pthread_mutex_lock(&memory->manager->lock);
         memory->view.number = ++memory->manager->numbers;
         if (map(memory, &memory->view, true))
-            unmap(memory->manager, &memory->view);
+            say_unmapped(memory->manager, &memory->view);
         ended(memory, 0);
     }
     if (memory->view.address) {

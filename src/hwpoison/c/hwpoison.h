@@ -48,7 +48,8 @@ const char *hwpoison_error(void);
 
 /* --- the manager */
 
-/* The manager at a socket: a path, or an abstract name that begins with @; NULL: the one that $HWPOISON_SOCKET names. */
+/* The manager at a socket: a path, or an abstract name that begins with @; NULL: the one that $HWPOISON_SOCKET names. Whoever
+ * serves there is trusted with this program's memory, so the socket belongs where nobody else can put another one. */
 hwpoison_manager *hwpoison_connect(const char *socket);
 
 /* Memories that are still open are closed. */
@@ -62,7 +63,8 @@ int hwpoison_user_mode(const hwpoison_manager *manager);
 /* An object that exists, mapped. */
 hwpoison_memory *hwpoison_attach(hwpoison_manager *manager, const char *name);
 
-/* New anonymous memory, all zeros; it lives as long as some process has it open. The name must be free, and not empty. */
+/* New anonymous memory, all zeros; it lives as long as some process has it open. The name must be free, and not empty. In user
+ * mode all of it is there at once, so that system calls can use it. */
 hwpoison_memory *hwpoison_allocate(hwpoison_manager *manager, uint64_t nbytes, const char *name);
 
 void *hwpoison_address(const hwpoison_memory *memory);
@@ -74,7 +76,7 @@ int hwpoison_writable(const hwpoison_memory *memory);
 /* Unmaps it; no guard of it may be open. */
 void hwpoison_close(hwpoison_memory *memory);
 
-/* Bring bytes in, and return when they are there. A hint: what can't be had is left for its access. */
+/* Bring bytes in, and return when they are there. What can't be had is left for its access; EINVAL outside of the memory. */
 int hwpoison_prefetch(hwpoison_memory *memory, uint64_t offset, uint64_t nbytes);
 
 /* Bytes are fit for system calls until hwpoison_resident_over with the number that this returns (more than 0); `write`:
@@ -98,10 +100,12 @@ int64_t hwpoison_repair(hwpoison_memory *memory, uint64_t offset, const void *da
 int64_t hwpoison_discard(hwpoison_memory *memory, uint64_t offset, uint64_t nbytes);
 
 /* From now on losses are told: a descriptor for poll(2) and the like, readable while hwpoison_next_notice has one. The same
- * for all calls; it is closed by hwpoison_disconnect. Those that stand now come first. */
+ * for all calls; it is closed by hwpoison_disconnect. Those that stand now, of the memories that are open now, come first: of
+ * one that is attached later hwpoison_lost says them. This client sends no signals: the policy "early" changes nothing here. */
 int hwpoison_notices(hwpoison_manager *manager);
 
-/* The next loss: 1, 0 if there is none now, or -1. Never waits for one. */
+/* The next loss: 1, 0 if there is none now, or -1. Does not wait for one, nor for requests of other threads; if the manager
+ * has died, for the next one. */
 int hwpoison_next_notice(hwpoison_manager *manager, hwpoison_notice *notice);
 
 /* --- guards */

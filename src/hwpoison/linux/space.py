@@ -89,6 +89,22 @@ class LinuxSpace:
             return False
         return True
 
+    async def registered(self, address: int, nbytes: int, *, watched: bool) -> bool:
+        """False if the first or the last page is no shared memory that is registered with this userfaultfd; `watched`: for
+        writes too. The kernel is asked by doing what does no harm: watching for writes, or mapping what is there."""
+        call = partial(userfaultfd.protect, on=True) if watched else userfaultfd.continue_
+        for page in (address, address + nbytes - PAGE_SIZE):
+            async with self._turn:
+                if self.fd < 0:
+                    return True
+                try:
+                    await self._run(call, page, PAGE_SIZE)
+                except OSError as error:
+                    if error.errno in (errno.ENOENT, errno.EINVAL):
+                        return False
+                    # It is mapped already, or absent, or the process has ended.
+        return True
+
     async def protect(self, address: int, nbytes: int) -> None:
         await self._in_worker(partial(userfaultfd.protect, on=True), address, nbytes)
 

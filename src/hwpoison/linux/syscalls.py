@@ -12,7 +12,10 @@ import os
 import platform
 import signal
 import struct
+import sys
 import threading
+from collections.abc import Iterable
+from functools import partial
 
 PAGE_SIZE = mmap.PAGESIZE
 
@@ -120,6 +123,20 @@ def unmap_memory(address: int, nbytes: int) -> None:
     _checked(_libc.munmap(address, nbytes))
 
 
+def move(mapping: mmap.mmap, address: int) -> bool:
+    """Have a Python mapping be what is mapped at another address, and unmap what it was.
+
+    False, with nothing changed, where a mapping's address is not, as CPython has it, the first thing in the object.
+    """
+    before = address_of(mapping)
+    kept = ctypes.c_void_p.from_address(id(mapping) + object.__basicsize__)
+    if kept.value != before:
+        return False
+    kept.value = address
+    unmap_memory(before, len(mapping))
+    return True
+
+
 def advise(address: int, nbytes: int, advice: int) -> None:
     """madvise(2)."""
     _checked(_libc.madvise(address, nbytes, advice))
@@ -158,6 +175,24 @@ def signal_action_optional(address: int) -> None:
     process, thread = ctypes.c_int(os.getpid()), ctypes.c_int(threading.get_native_id())
     number = ctypes.c_int(signal.SIGBUS)
     _checked(int(_libc.syscall(ctypes.c_long(_RT_TGSIGQUEUEINFO), process, thread, number, information)))
+
+
+def queue_to_process(number: signal.Signals, value: int) -> None:
+    """sigqueue(3), to this process: a signal with SI_QUEUE and a pointer as its value."""
+    _checked(_libc.sigqueue(os.getpid(), ctypes.c_int(number), ctypes.c_void_p(value)))
+
+
+_SIGNAL_SET_BYTES = 128
+_to_unblock = ctypes.create_string_buffer(_SIGNAL_SET_BYTES)
+unblock_chosen = partial(ctypes.PyDLL(None).pthread_sigmask, int(signal.SIG_UNBLOCK), _to_unblock, None)
+"""Unblock, in this thread, what `choose_to_unblock` was last called with; a call without any Python code in it. The one that
+Python has, `signal.pthread_sigmask`, runs the handlers of what was pending within the call."""
+
+
+def choose_to_unblock(signals: Iterable[int]) -> None:
+    """For `unblock_chosen`. No other thread runs between the last thing done here and the return."""
+    chosen = sum(1 << (number - 1) for number in signals).to_bytes(_SIGNAL_SET_BYTES, sys.byteorder)
+    _to_unblock.raw = chosen
 
 
 def die_with_parent(number: int = signal.SIGKILL) -> None:

@@ -194,12 +194,11 @@ class Memories:
 
     async def map(self, request: protocol.Map, channel: Channel) -> protocol.Message:
         manager = self.session.server.manager
-        promises = self._promises(request, channel)
-        asked_by = promises[0] if promises else None
-        known = next((one.object for one in self._mappings.values() if one.object.number == request.object), None)
-        object_ = manager.promises[asked_by] if asked_by is not None else known
-        if object_ is None or self.session.client is None or self.session.board is None:
-            raise ValueError(f"object {request.object} was not allocated, opened or attached by this client")
+        await self._require_registered(request, self._object_to_map(request, channel)[0])
+        # It may have gone meanwhile.
+        object_, asked_by = self._object_to_map(request, channel)
+        assert self.session.client is not None
+        assert self.session.board is not None
         mapping = self._mappings.get(request.mapping)
         if mapping is not None and (mapping.object, mapping.address) == (object_, request.address):
             # Asked again.
@@ -208,9 +207,6 @@ class Memories:
             return protocol.Mapped(slot.index if slot else -1, mapping.error_seen)
         if mapping is not None:
             raise ValueError(f"the client has a mapping {request.mapping} already; each needs a number of its own")
-        assert self.session.space is not None
-        if not self.session.space.reaches(request.address, object_.pages.count * object_.page_size):
-            raise ValueError(f"{object_.name!r} can't be mapped at {request.address:#x}: no process has such addresses")
         slot = self.session.board.slot() if request.guarded else None
         records = self.session.server.machine.records
         try:
@@ -230,6 +226,29 @@ class Memories:
             self._about_to_map[channel].remove(asked_by)
         await self._protect(mapping, request)
         return protocol.Mapped(slot.index if slot else -1, mapping.error_seen)
+
+    def _object_to_map(self, request: protocol.Map, channel: Channel) -> tuple[MemoryObject, AskedBy | None]:
+        """And under what it was promised to the client, if it was. Raises ValueError."""
+        promises = self._promises(request, channel)
+        if promises:
+            object_: MemoryObject | None = self.session.server.manager.promises[promises[0]]
+        else:
+            object_ = next((one.object for one in self._mappings.values() if one.object.number == request.object), None)
+        if object_ is None or self.session.client is None or self.session.board is None:
+            raise ValueError(f"object {request.object} was not allocated, opened or attached by this client")
+        return object_, promises[0] if promises else None
+
+    async def _require_registered(self, request: protocol.Map, object_: MemoryObject) -> None:
+        """Raises ValueError where pages that are absent would read as zeros, and become zeros for everybody."""
+        space, nbytes = self.session.space, object_.pages.count * object_.page_size
+        assert space is not None
+        if not space.reaches(request.address, nbytes):
+            raise ValueError(f"{object_.name!r} can't be mapped at {request.address:#x}: no process has such addresses")
+        if not await space.registered(request.address, nbytes, watched=object_.tracks_dirt and not request.guarded):
+            raise ValueError(
+                f"{object_.name!r} at {request.address:#x} is not registered with the userfaultfd of this client: absent "
+                "pages would read as zeros; map and register it first"
+            )
 
     def _promises(self, request: protocol.Map, channel: Channel) -> list[AskedBy]:
         """Those of the object that are meant for this mapping, the best first."""
