@@ -479,7 +479,7 @@ class Connection:
     def abandon(self) -> None:
         """Close the channels; mappings are served on. For a process that ends."""
         if self._lifeline is not None:
-            self._lifeline.disarm()
+            self._lifeline.close()
         self._control.close()
         for channel in self._idle:
             channel.close()
