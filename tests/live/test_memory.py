@@ -357,6 +357,8 @@ def _allocate_until_refused(manager: hwpoison.Manager, begun: threading.Barrier,
         errors.append(error)
 
 
+# What is just being made has no owner yet who could close it.
+@pytest.mark.filterwarnings("ignore:still in use:ResourceWarning")
 def test_what_is_asked_while_another_thread_closes_the_manager_is_told_that() -> None:
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
