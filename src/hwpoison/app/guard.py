@@ -4,55 +4,29 @@ from __future__ import annotations
 
 import errno
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Literal, SupportsIndex, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
 
 from hwpoison.app.efault import lost_by
 from hwpoison.app.view import GuardedView, Mark, Visit
 from hwpoison.errors import PoisonError, Range
-from hwpoison.extents import array_over
+from hwpoison.plain import guard as plain
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    import numpy
-    import numpy.typing
-
     from hwpoison.app.memory import Memory
 
 Views = TypeVar("Views")
 
 
-class SafeView:
+class SafeView(plain.SafeView):
     """A memory as one guard shows it: the live content, read-only. Lost bytes read as zeros, and that is recorded: the end
     of the guard, or `check`, raises. Use nothing that was computed from them before that."""
 
-    __slots__ = ("_mark", "_view", "memory")
+    __slots__ = ("_mark",)
+    memory: Memory
 
     def __init__(self, memory: Memory, view: GuardedView, mark: Mark) -> None:
-        self.memory = memory
-        self._view = view
+        super().__init__(memory, view)
         self._mark = mark
-
-    @property
-    def buffer(self) -> memoryview:
-        """All bytes of the memory, read-only."""
-        return self._view.buffer
-
-    @property
-    def address(self) -> int:
-        """Where the view is mapped."""
-        return self._view.address
-
-    def array(
-        self,
-        dtype: numpy.typing.DTypeLike = "u1",
-        shape: SupportsIndex | Iterable[SupportsIndex] | None = None,
-        *,
-        offset: SupportsIndex = 0,
-        order: Literal["C", "F"] = "C",
-    ) -> numpy.ndarray[Any, Any]:
-        """As `Memory.array`, read-only."""
-        return array_over(self._view.buffer, dtype, shape, offset, order)
 
     def check(self) -> None:
         """Raise PoisonError for what was met since the guard began or this last raised; then it can be met again."""

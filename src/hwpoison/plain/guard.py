@@ -58,19 +58,24 @@ class View:
 
 
 class SafeView:
-    """As `hwpoison.SafeView`."""
+    """As `hwpoison.SafeView`, which is this too."""
 
-    def __init__(self, memory: Memory, view: View) -> None:
+    __slots__ = ("_view", "memory")
+
+    def __init__(self, memory: Any, view: Any) -> None:
         self.memory = memory
         self._view = view
 
     @property
     def buffer(self) -> memoryview:
-        return self._view.buffer
+        """All bytes of the memory, read-only."""
+        buffer: memoryview = self._view.buffer
+        return buffer
 
     @property
     def address(self) -> int:
-        return self._view.address
+        """Where the view is mapped."""
+        return int(self._view.address)
 
     def array(
         self,
@@ -80,10 +85,11 @@ class SafeView:
         offset: SupportsIndex = 0,
         order: Literal["C", "F"] = "C",
     ) -> numpy.ndarray[Any, Any]:
-        return array_over(self.buffer, dtype, shape, offset, order)
+        """As `Memory.array`, read-only."""
+        return array_over(self._view.buffer, dtype, shape, offset, order)
 
     def check(self) -> None:
-        pass
+        """Nothing is ever met."""
 
 
 class guard:  # noqa: N801  (used as a function)
