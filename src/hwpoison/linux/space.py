@@ -92,17 +92,13 @@ class LinuxSpace:
     async def registered(self, address: int, nbytes: int, *, watched: bool) -> bool:
         """False if the first or the last page is no shared memory that is registered with this userfaultfd; `watched`: for
         writes too. The kernel is asked by doing what does no harm: watching for writes, or mapping what is there."""
-        call = partial(userfaultfd.protect, on=True) if watched else userfaultfd.continue_
-        for page in (address, address + nbytes - PAGE_SIZE):
-            async with self._turn:
-                if self.fd < 0:
-                    return True
-                try:
-                    await self._run(call, page, PAGE_SIZE)
-                except OSError as error:
-                    if error.errno in (errno.ENOENT, errno.EINVAL):
-                        return False
-                    # It is mapped already, or absent, or the process has ended.
+        async with self._turn:
+            if self.fd < 0:
+                return True
+            try:
+                await self._run(partial(_touch_ends, watched=watched), address, nbytes)
+            except OSError as error:
+                return error.errno not in (errno.ENOENT, errno.EINVAL)
         return True
 
     async def protect(self, address: int, nbytes: int) -> None:
@@ -222,6 +218,20 @@ def _persistently(call: Callable[[int, int, int], None], fd: int, address: int, 
                 raise
         else:
             return
+
+
+def _touch_ends(fd: int, address: int, nbytes: int, *, watched: bool) -> None:
+    """Raises what tells that the first or the last page is not registered."""
+    for page in dict.fromkeys((address, address + nbytes - PAGE_SIZE)):
+        try:
+            if watched:
+                userfaultfd.protect(fd, page, PAGE_SIZE, on=True)
+            else:
+                userfaultfd.continue_(fd, page, PAGE_SIZE)
+        except OSError as error:
+            # It is mapped already, or absent.
+            if error.errno not in (errno.EEXIST, errno.EFAULT):
+                raise
 
 
 class Board:

@@ -26,4 +26,5 @@ BENCHMARKS = {
     "restart": Place("restart", "the manager is killed: until an access is served again", False),
     "memory": Place("memory", "the manager's own memory", False),
     "guard": Place("guard", "a guard, warm", False),
+    "fork": Place("fork", "os.fork() with managed memory", False),
 }
