@@ -6,6 +6,7 @@ needed to resolve a fault of this process: a thread that sleeps in one holds the
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import select
@@ -23,6 +24,8 @@ from hwpoison.errors import UnsupportedError
 from hwpoison.linux.lifeline import Lifeline
 from hwpoison.linux.pairs import pair
 from hwpoison.linux.userfaultfd import NEEDED, NO_FEATURE, Feature, Opened, open_userfaultfd
+
+log = logging.getLogger("hwpoison")
 
 all_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
 """Of this process."""
@@ -227,7 +230,11 @@ class Connection:
     def begun_again(self, blocked: Collection[int]) -> None:
         """Everything else of this process is there too."""
         for function in self.on_fork:
-            function(blocked)
+            try:
+                function(blocked)
+            except (OSError, RuntimeError) as error:
+                # There can be no other thread, say.
+                log.error("in the forked child %d nobody is told of losses: %s", os.getpid(), error)
 
     def _joined(self, invitation: socket.socket | None) -> tuple[protocol.Welcome, int]:
         """As `_begin`, as another client. The manager can die meanwhile, and the invitation with it; the next one gives

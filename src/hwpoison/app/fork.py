@@ -15,6 +15,7 @@ import socket
 import threading
 from collections.abc import Collection
 from contextlib import suppress
+from typing import Any
 
 from hwpoison.app.connection import Connection, all_connections
 from hwpoison.app.mapping import Mapped, again, all_mapped, fence, forget
@@ -40,11 +41,11 @@ class _Forking(threading.local):
     def __init__(self) -> None:
         self.invitations: dict[Connection, socket.socket | None] = {}
         self.reserve = b""
+        self.masks: list[Any] = []
+        """The signals that are blocked when it does not fork."""
         self.parent = 0
         self.known: set[Mapped] = set()
         """What the manager knew of before anything was asked for: the invitations have it."""
-        self.blocked: set[signal.Signals | int] | None = None
-        """The signals that the thread blocks when it does not fork."""
 
 
 _forking = _Forking()
@@ -53,33 +54,57 @@ _open: set[socket.socket] = set()
 
 
 def _before() -> None:
-    # What a signal handler raises in here would be printed and lost. It comes when the fork is over.
-    _forking.blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    # Even this may raise, when they are blocked.
-    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    syscalls.choose_to_unblock(())
-    _forking.invitations, _forking.known, _forking.parent = {}, set(), os.getpid()
+    syscalls.signal_to_raise.value = 0
+    _forking.invitations, _forking.known, _forking.parent = {}, set(), 0
+    # In variables of its own: a signal handler may fork in the middle of it.
+    invitations: dict[Connection, socket.socket | None] = {}
+    try:
+        known = _prepare(invitations)
+        _forking.invitations, _forking.known, _forking.parent = invitations, known, os.getpid()
+    except BaseException as error:
+        for one in invitations.values():
+            _close(one)
+        _say_again(error)
+        raise
+
+
+def _prepare(invitations: dict[Connection, socket.socket | None]) -> set[Mapped]:
+    """Adds an invitation of each connection; what the manager knew of before anything was asked for."""
+    known: set[Mapped] = set()
     # What other threads make while a manager is asked is for the next round: each takes a fraction of a millisecond.
     for _ in range(ROUNDS):
         there = {one for one in all_mapped() if one.told}
-        grown = {one.connection for one in there - _forking.known}
+        grown = {one.connection for one in there - known}
         connections = [one for one in all_connections if not one.closing and one.owner == os.getpid()]
-        wanted = [one for one in connections if one in grown or one not in _forking.invitations]
+        wanted = [one for one in connections if one in grown or one not in invitations]
         if not wanted:
             break
         for connection in wanted:
-            _invite(connection)
-        _forking.known = there
+            _invite(connection, invitations)
+        known = there
     for memory in all_memories():
         with suppress(OSError):
             memory._about_to_fork()
-    # What is allocated in the child before our turn comes must not need new memory: that could come to one of our addresses.
+    # What is allocated in the child before our turn comes should not need new memory.
     some = [bytes(POOL_BYTES // 16) for _ in range(16 * POOLS)]
     _forking.reserve = some[-1]
+    return known
 
 
-def _invite(connection: Connection) -> None:
-    before = _forking.invitations.get(connection)
+def _say_again(error: BaseException) -> None:
+    """What is raised in a function that runs at a fork is printed and lost. Ctrl-C comes again when the fork is over."""
+    if isinstance(error, KeyboardInterrupt):
+        syscalls.signal_to_raise.value = signal.SIGINT
+
+
+def _close(invitation: socket.socket | None) -> None:
+    if invitation is not None:
+        _open.discard(invitation)
+        invitation.close()
+
+
+def _invite(connection: Connection, invitations: dict[Connection, socket.socket | None]) -> None:
+    before = invitations.get(connection)
     try:
         invitation = connection.invite()
     except (OSError, ValueError) as error:
@@ -87,34 +112,49 @@ def _invite(connection: Connection) -> None:
             # By another thread: nothing of it is mapped any more.
             return
         log.warning("a child that is forked now may not get the memory of %s: %s", connection.socket_name, error)
-        _forking.invitations.setdefault(connection, None)
+        invitations.setdefault(connection, None)
         return
-    _forking.invitations[connection] = invitation
+    invitations[connection] = invitation
     _open.add(invitation)
-    if before is not None:
-        _open.discard(before)
-        before.close()
+    _close(before)
 
 
 def _in_parent() -> None:
-    invitations, _forking.invitations = _forking.invitations, {}
+    invitations, _forking.invitations, _forking.parent = _forking.invitations, {}, 0
     _forking.known = set()
-    for invitation in invitations.values():
-        if invitation is not None:
-            _open.discard(invitation)
-            invitation.close()
-    blocked, _forking.blocked = _forking.blocked, None
-    if blocked is not None:
-        syscalls.choose_to_unblock(signal.valid_signals() - blocked)
+    try:
+        for invitation in invitations.values():
+            _close(invitation)
+    except BaseException as error:
+        _say_again(error)
+        raise
 
 
 def _in_child() -> None:
-    blocked, _forking.blocked = _forking.blocked, None
+    # All signals are blocked, and there is no other thread.
+    # There is none if a handler raised in the only moment for that: then the one in use is as it was.
+    mask, _forking.masks = (_forking.masks or [None])[0], []
     try:
-        _begin_again(blocked or ())
+        _begin_again(syscalls.signals_in(mask or syscalls.mask_in_use.contents))
     finally:
-        if blocked is not None:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        if mask is not None:
+            syscalls.mask_in_use.contents = mask
+
+
+# --- signals: blocked from just before the fork, so that a child's handlers run when it has everything
+
+
+def _about_to_block() -> None:
+    mask = syscalls.SignalMask()
+    # Of several: a handler may fork.
+    _forking.masks.append(mask)
+    syscalls.mask_in_use.contents = mask
+
+
+def _about_to_restore() -> None:
+    if _forking.masks:
+        mask = _forking.masks.pop()
+        syscalls.mask_in_use.contents = mask
 
 
 def _begin_again(blocked: Collection[int]) -> None:
@@ -184,6 +224,8 @@ def _map_again(connection: Connection, mapped: list[Mapped], known: set[Mapped])
             connection.give_back(channel)
 
 
-os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_in_child)
-# A function of ours would be in the way of what a handler raises.
-os.register_at_fork(after_in_parent=syscalls.unblock_chosen)
+# What is before a fork runs from the last to the first. No Python code of ours may come after the signals are restored.
+os.register_at_fork(before=syscalls.block_signals, after_in_parent=_in_parent, after_in_child=_in_child)
+os.register_at_fork(before=_about_to_block, after_in_parent=_about_to_restore, after_in_child=syscalls.restore_signals)
+os.register_at_fork(before=_before, after_in_parent=syscalls.restore_signals)
+os.register_at_fork(after_in_parent=syscalls.raise_signal)

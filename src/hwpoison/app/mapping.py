@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import mmap
+import random
 import weakref
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
 
 
 PLACES_MAX = 16
-"""So many are tried, further and further down, for a mapping that is to be far from others."""
-_last_place = [0]
+"""So many are tried for a mapping that is to be far from others."""
+PLACE_ALIGNMENT = 1 << 20
+# The other one is the program's own, which may count on what comes next.
+_chance = random.SystemRandom()
 
 
 class Watch(weakref.ref[mmap.mmap]):
@@ -43,6 +46,9 @@ class Mapping(mmap.mmap):
 
     __slots__ = ("memory",)
     memory: object
+
+    def resize(self, newsize: int) -> None:
+        raise SystemError("managed memory has the size that it was made with")
 
 
 class Mapped:
@@ -112,18 +118,21 @@ def _map_apart(fd: int, nbytes: int, flags: int, protection: int) -> Mapping:
     """A mapping far from where the kernel puts what is mapped later.
 
     A child that C code has forked has nothing at our addresses, and nothing else must come there by itself: views would show
-    it. Where that can't be had, it stays where the kernel has put it.
+    it. Where that can't be had, it is where the kernel puts it.
     """
-    mapping = Mapping(fd, nbytes, flags, protection)
-    address = _reserved(nbytes, syscalls.address_of(mapping))
-    if address:
-        try:
-            syscalls.map_memory(nbytes, protection, flags | syscalls.MAP_FIXED, fd, address)
-            if syscalls.move(mapping, address):
-                address = 0
-        finally:
-            if address:
-                syscalls.unmap_memory(address, nbytes)
+    # Not the object yet: what a signal handler that raises leaves behind is addresses, and nobody's memory.
+    mapping = Mapping(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | syscalls.MAP_NORESERVE, protection)
+    usual = syscalls.address_of(mapping)
+    address = _reserved(nbytes, usual) or usual
+    try:
+        syscalls.map_memory(nbytes, protection, flags | syscalls.MAP_FIXED, fd, address)
+    except OSError:
+        if address != usual:
+            syscalls.unmap_memory(address, nbytes)
+        raise
+    if address != usual and not syscalls.move(mapping, address):
+        syscalls.unmap_memory(address, nbytes)
+        syscalls.map_memory(nbytes, protection, flags | syscalls.MAP_FIXED, fd, usual)
     return mapping
 
 
@@ -132,12 +141,10 @@ def _reserved(nbytes: int, usual: int) -> int:
 
     It is taken until something is mapped there.
     """
-    for attempt in range(PLACES_MAX):
-        # Of two threads that come to the same place at a time, one gets it.
-        place = _last_place[0] - (nbytes << attempt)
-        if not usual // 4 < place < usual // 2:
-            place = usual // 2 // PAGE_SIZE * PAGE_SIZE - nbytes
-        _last_place[0] = place
+    lowest = usual // 4
+    for _ in range(PLACES_MAX if nbytes < lowest // 2 else 0):
+        # By chance: whoever else does this, another copy of the client in C say, does not begin where this one does.
+        place = (lowest + _chance.randrange(lowest - nbytes)) // PLACE_ALIGNMENT * PLACE_ALIGNMENT
         with suppress(OSError):
             syscalls.fence(place, nbytes)
             return place

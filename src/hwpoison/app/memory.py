@@ -26,6 +26,7 @@ from hwpoison.core.records import Policy
 from hwpoison.errors import PoisonError, Range
 from hwpoison.extents import array_over, as_array, extent
 from hwpoison.linux import syscalls
+from hwpoison.linux.presence import next_hole
 from hwpoison.linux.syscalls import PAGE_SIZE
 from hwpoison.plain.memory import Memory as PlainMemory
 
@@ -196,6 +197,9 @@ class Memory(ABC):  # noqa: B024  (plain ones are registered)
     def read(self, offset: SupportsIndex, nbytes: SupportsIndex) -> bytes:
         """A copy of bytes. Raises PoisonError, naming all that is lost of them; ValueError outside the memory."""
         begin, length = self._checked_range(offset, nbytes)
+        if length and next_hole(self._memfd().number, begin, begin + length) is not None:
+            # Within the copying no other thread runs, and no signal is seen.
+            self.prefetch(begin, length)
         view, visit = self._visit(tells=False)
         try:
             content = bytes(view.buffer[begin : begin + length])

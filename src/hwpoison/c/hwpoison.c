@@ -18,6 +18,7 @@
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/random.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -37,15 +38,12 @@ enum {
     /* So many channels that are closed without a word, one after the other: managers do not die so often. */
     CHANNEL_ATTEMPTS = 100,
     DEPTH_MAX = 16,
-    /* Larger than any page. So many places are tried for a mapping, further and further down. */
+    /* Larger than any page. So many places are tried for a mapping. */
     PLACE_ALIGNMENT = 1 << 20,
     PLACES_MAX = 16,
 };
 
 /* linux/userfaultfd.h, which an older system's headers may have without what is used here. */
-#ifndef MAP_FIXED_NOREPLACE
-#define MAP_FIXED_NOREPLACE 0x100000
-#endif
 #define UFFD_API_NUMBER 0xAAull
 #define UFFD_IOC_API _IOWR(0xAA, 0x3F, struct uffd_api)
 #define UFFD_IOC_REGISTER _IOWR(0xAA, 0x00, struct uffd_register)
@@ -100,6 +98,7 @@ struct hwpoison_manager {
     hwpoison_manager *next;
     int control, channel, userfaultfd, lifeline;
     int coming, other; /* a channel that the manager has not taken yet, the lifeline's other end until it has that */
+    int arrived[DESCRIPTORS_MAX]; /* descriptors of a reply that nobody has taken yet */
     bool user_mode, armed;
     size_t page_size;
     atomic_uint_least64_t *board;
@@ -290,7 +289,7 @@ static void skip_within(reader *in, int depth) {
 static void skip(reader *in) { skip_within(in, 0); }
 
 static bool is(value found, const char *text) {
-    return found.kind == TEXT && found.number == strlen(text) && !memcmp(found.text, text, found.number);
+    return found.kind == TEXT && found.text && found.number == strlen(text) && !memcmp(found.text, text, found.number);
 }
 
 static void copy_text(value found, char *to, size_t nbytes) {
@@ -324,31 +323,6 @@ static int send_packet(int channel, const void *bytes, size_t nbytes, const int 
     return sent < 0 ? -1 : 0;
 }
 
-/* The bytes of a packet; 0 if the other end is gone. `fds` has room for DESCRIPTORS_MAX. */
-static ssize_t receive_packet(int channel, uint8_t *bytes, size_t room, int *fds, size_t *count, int flags) {
-    char control[CMSG_SPACE(DESCRIPTORS_MAX * sizeof(int))];
-    struct iovec part = {bytes, room};
-    struct msghdr header = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};
-    ssize_t nbytes;
-    *count = 0;
-    do
-        nbytes = recvmsg(channel, &header, flags | MSG_CMSG_CLOEXEC);
-    while (nbytes < 0 && errno == EINTR);
-    if (nbytes < 0)
-        return nbytes;
-    for (struct cmsghdr *one = CMSG_FIRSTHDR(&header); one; one = CMSG_NXTHDR(&header, one))
-        if (one->cmsg_level == SOL_SOCKET && one->cmsg_type == SCM_RIGHTS) {
-            *count = (one->cmsg_len - CMSG_LEN(0)) / sizeof(int);
-            memcpy(fds, CMSG_DATA(one), *count * sizeof(int));
-        }
-    if (header.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) {
-        while (*count)
-            close(fds[--*count]);
-        return failed(EMFILE, "this process has no file descriptors left, or the message is too long");
-    }
-    return nbytes;
-}
-
 /* --- channels */
 
 /* All that there are; held where a fork must wait. */
@@ -360,6 +334,51 @@ static void let_go(int *fd) {
     pthread_mutex_lock(&managers_lock);
     close_fd(fd);
     pthread_mutex_unlock(&managers_lock);
+}
+
+static void let_go_of_arrived(hwpoison_manager *manager) {
+    for (int i = 0; i < DESCRIPTORS_MAX; i++)
+        let_go(&manager->arrived[i]);
+}
+
+/* A descriptor has another place now, or had: one that a child finds there, too. */
+static void move_fd(int *from, int *to) {
+    pthread_mutex_lock(&managers_lock);
+    *to = *from;
+    *from = -1;
+    pthread_mutex_unlock(&managers_lock);
+}
+
+/* The bytes of a packet; 0 if the other end is gone. Its descriptors are in `manager->arrived`. With `now`, -1 and EAGAIN if
+ * there is none. */
+static ssize_t receive_packet(hwpoison_manager *manager, int channel, uint8_t *bytes, bool now) {
+    char control[CMSG_SPACE(DESCRIPTORS_MAX * sizeof(int))];
+    struct iovec part = {bytes, MESSAGE_LIMIT};
+    ssize_t nbytes;
+    let_go_of_arrived(manager);
+    for (;;) {
+        struct msghdr header = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};
+        struct pollfd there = {channel, POLLIN, 0};
+        if (!now && poll(&there, 1, -1) < 0 && errno != EINTR)
+            return -1;
+        /* A fork waits, and finds them where they belong. */
+        pthread_mutex_lock(&managers_lock);
+        nbytes = recvmsg(channel, &header, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+        int number = errno;
+        for (struct cmsghdr *one = nbytes < 0 ? NULL : CMSG_FIRSTHDR(&header); one; one = CMSG_NXTHDR(&header, one))
+            if (one->cmsg_level == SOL_SOCKET && one->cmsg_type == SCM_RIGHTS)
+                memcpy(manager->arrived, CMSG_DATA(one), one->cmsg_len - CMSG_LEN(0));
+        pthread_mutex_unlock(&managers_lock);
+        if (nbytes < 0 && (number == EINTR || (number == EAGAIN && !now)))
+            continue;
+        if (nbytes <= 0)
+            let_go_of_arrived(manager);
+        errno = number;
+        if (nbytes < 0 || !(header.msg_flags & (MSG_TRUNC | MSG_CTRUNC)))
+            return nbytes;
+        let_go_of_arrived(manager);
+        return failed(EMFILE, "this process has no file descriptors left, or the message is too long");
+    }
 }
 
 /* What is behind ["Failed", ...]. */
@@ -376,8 +395,7 @@ static int refused_channel(reader *in) {
 static int new_channel(hwpoison_manager *manager, const char *request, uint64_t after, int *channel) {
     uint8_t *answer = manager->packet + MESSAGE_LIMIT;
     for (int attempt = 0; attempt < CHANNEL_ATTEMPTS; attempt++) {
-        int pair[2], fds[DESCRIPTORS_MAX];
-        size_t count;
+        int pair[2];
         /* A child that is forked meanwhile would keep the other end open for ever. */
         pthread_mutex_lock(&managers_lock);
         if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair)) {
@@ -424,9 +442,8 @@ static int new_channel(hwpoison_manager *manager, const char *request, uint64_t 
         /* It is dead, or could not take the descriptor: then it says so where it was asked. Else the next one is asked. */
         struct pollfd said = {manager->control, POLLIN, 0};
         if (poll(&said, 1, REFUSAL_MILLISECONDS) > 0) {
-            ssize_t refused = receive_packet(manager->control, answer, MESSAGE_LIMIT, fds, &count, MSG_DONTWAIT);
-            while (count)
-                close(fds[--count]);
+            ssize_t refused = receive_packet(manager, manager->control, answer, true);
+            let_go_of_arrived(manager);
             if (!refused)
                 return failed(ECONNRESET, "the manager is gone, and its keeper");
             if (refused > 0) {
@@ -440,13 +457,10 @@ static int new_channel(hwpoison_manager *manager, const char *request, uint64_t 
     return failed(ECONNRESET, "the manager takes no channel, and does not say why");
 }
 
-/* Ask what is in the packet; the reply is what `in` reads. With the lock held. The next manager is asked again if this one
- * dies: every request may be asked twice. */
-static int ask(hwpoison_manager *manager, int channel, const char *reply, reader *in, int *got, size_t *got_count,
-               const int *fds, size_t count) {
-    static const size_t room = MESSAGE_LIMIT;
-    int taken[DESCRIPTORS_MAX];
-    size_t taken_count = 0;
+/* Ask what is in the packet; the reply is what `in` reads, and its descriptors are in `manager->arrived`. With the lock held. The
+ * next manager is asked again if this one dies: every request may be asked twice. */
+static int ask(hwpoison_manager *manager, int channel, const char *reply, reader *in, const int *fds, size_t count) {
+    uint8_t *answer = manager->packet + MESSAGE_LIMIT;
     ssize_t nbytes;
     if (manager->nbytes > MESSAGE_LIMIT)
         return failed(EMSGSIZE, "a message has at most %d bytes: choose a shorter name", MESSAGE_LIMIT);
@@ -454,7 +468,7 @@ static int ask(hwpoison_manager *manager, int channel, const char *reply, reader
         /* The first one: there is no other yet. */
         if (send_packet(channel, manager->packet, manager->nbytes, fds, count) && errno != EPIPE && errno != ECONNRESET)
             return failed_by("the manager can't be asked");
-        nbytes = receive_packet(channel, manager->packet + room, room, taken, &taken_count, 0);
+        nbytes = receive_packet(manager, channel, answer, false);
         if (nbytes < 0 && errno == EMFILE)
             return -1;
         if (nbytes <= 0)
@@ -471,7 +485,7 @@ static int ask(hwpoison_manager *manager, int channel, const char *reply, reader
             life = manager->life;
             bool sent = !send_packet(manager->channel, manager->packet, manager->nbytes, fds, count);
             nbytes = sent || errno == EPIPE || errno == ECONNRESET
-                         ? receive_packet(manager->channel, manager->packet + room, room, taken, &taken_count, 0)
+                         ? receive_packet(manager, manager->channel, answer, false)
                          : -1;
             if (nbytes > 0)
                 break;
@@ -480,35 +494,30 @@ static int ask(hwpoison_manager *manager, int channel, const char *reply, reader
             let_go(&manager->channel);
         }
     }
-    const uint8_t *bytes = manager->packet + room;
     size_t length = (size_t)nbytes;
-    in->at = bytes;
-    in->end = bytes + length;
-    in->wrong = false;
+    *in = (reader){answer, answer + length, false};
     value items = want(in, ARRAY), name = next(in);
-    if (is(name, "Elsewhere") && taken_count) {
+    int *last = manager->arrived + DESCRIPTORS_MAX - 1;
+    while (last > manager->arrived && *last < 0)
+        last--;
+    if (is(name, "Elsewhere") && *last >= 0) {
         /* A reply that is larger than a packet is in a file. */
-        int file = taken[--taken_count];
+        int file = *last;
         struct stat status;
         free(manager->large);
         manager->large = NULL;
         if (!fstat(file, &status) && (manager->large = malloc((size_t)status.st_size + 1)))
             length = (size_t)pread(file, manager->large, (size_t)status.st_size, 0);
-        close(file);
+        let_go(last);
         if (!manager->large || (ssize_t)length < 0)
             return failed(ENOMEM, "there is no memory for the manager's reply");
         *in = (reader){manager->large, manager->large + length, false};
         items = want(in, ARRAY);
         name = next(in);
     }
-    if (is(name, reply) && !in->wrong && taken_count <= *got_count) {
-        for (size_t i = 0; i < taken_count; i++)
-            got[i] = taken[i];
-        *got_count = taken_count;
+    if (is(name, reply) && !in->wrong)
         return (int)items.number;
-    }
-    while (taken_count)
-        close(taken[--taken_count]);
+    let_go_of_arrived(manager);
     if (is(name, "Failed")) {
         value kind = next(in), number = next(in), text = next(in);
         int why = is(kind, "PoisonError") ? HWPOISON_EHWPOISON
@@ -524,8 +533,9 @@ static int ask(hwpoison_manager *manager, int channel, const char *reply, reader
 }
 
 static int request(hwpoison_manager *manager, const char *reply, reader *in) {
-    size_t none = 0;
-    return ask(manager, -1, reply, in, NULL, &none, NULL, 0);
+    int answered = ask(manager, -1, reply, in, NULL, 0);
+    let_go_of_arrived(manager);
+    return answered;
 }
 
 /* A request of which only one number is wanted. Locks. */
@@ -556,10 +566,10 @@ static int open_userfaultfd(bool *user_mode) {
     return fd;
 }
 
-/* The handshake, with what this kernel has of what is wanted. */
-static int agree(int fd) {
+/* The handshake, with what this kernel has of what is wanted. `device`: /dev/userfaultfd, if the manager has passed it. */
+static int agree(int fd, int device) {
     bool user_mode;
-    int other = open_userfaultfd(&user_mode);
+    int other = device >= 0 ? ioctl(device, UFFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK) : open_userfaultfd(&user_mode);
     struct uffd_api asked = {UFFD_API_NUMBER, 0, 0};
     if (other < 0 || ioctl(other, UFFD_IOC_API, &asked)) {
         close_fd(&other);
@@ -591,6 +601,8 @@ static pthread_once_t once = PTHREAD_ONCE_INIT;
 static void close_all(hwpoison_manager *manager) {
     close_fd(&manager->control);
     close_fd(&manager->coming);
+    for (int i = 0; i < DESCRIPTORS_MAX; i++)
+        close_fd(&manager->arrived[i]);
     close_fd(&manager->channel);
     close_fd(&manager->userfaultfd);
     close_fd(&manager->lifeline);
@@ -644,33 +656,39 @@ static int call(hwpoison_manager *manager, const char *name) {
     return 0;
 }
 
-/* Have a userfaultfd without limits from the manager, if it gives them to this user. */
+/* Have a userfaultfd without limits from the manager, if it gives them to this user: the device is in `arrived` then. */
 static void ask_for_device(hwpoison_manager *manager) {
     reader in;
-    int got[1];
-    size_t count = 1;
     begin(manager, "Device", 0);
-    if (ask(manager, manager->control, "Done", &in, got, &count, NULL, 0) < 0 || !count)
+    if (ask(manager, manager->control, "Done", &in, NULL, 0) < 0 || manager->arrived[0] < 0)
         return;
-    int full = ioctl(got[0], UFFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
-    close(got[0]);
+    pthread_mutex_lock(&managers_lock);
+    int full = ioctl(manager->arrived[0], UFFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
     if (full >= 0) {
-        close(manager->userfaultfd);
+        close_fd(&manager->userfaultfd);
         manager->userfaultfd = full;
         manager->user_mode = false;
-    }
+    } else
+        close_fd(&manager->arrived[0]);
+    pthread_mutex_unlock(&managers_lock);
 }
 
 static int say_hello(hwpoison_manager *manager) {
-    int pair[2], got[1];
-    size_t count = 1;
+    int pair[2];
     reader in;
-    manager->userfaultfd = open_userfaultfd(&manager->user_mode);
-    if (manager->userfaultfd < 0)
-        return failed_by("userfaultfd can't be opened; see `hwpoison doctor`");
-    if (manager->user_mode)
+    pthread_mutex_lock(&managers_lock);
+    int opened = manager->userfaultfd = open_userfaultfd(&manager->user_mode), why = errno;
+    pthread_mutex_unlock(&managers_lock);
+    /* Also where a seccomp filter forbids the system call: what the manager passes needs none. */
+    if (opened < 0 || manager->user_mode)
         ask_for_device(manager);
-    if (agree(manager->userfaultfd))
+    if (manager->userfaultfd < 0) {
+        if (errno == ECONNRESET && why == EPERM)
+            return -1;
+        errno = why;
+        return failed_by("userfaultfd can't be opened; see `hwpoison doctor`");
+    }
+    if (agree(manager->userfaultfd, manager->arrived[0]))
         return -1;
     pthread_mutex_lock(&managers_lock);
     bool none = socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair);
@@ -684,7 +702,7 @@ static int say_hello(hwpoison_manager *manager) {
     int fds[] = {manager->userfaultfd, manager->other};
     begin(manager, "Hello", 1);
     put_number(manager, VERSION);
-    int fields = ask(manager, manager->control, "Welcome", &in, got, &count, fds, 2);
+    int fields = ask(manager, manager->control, "Welcome", &in, fds, 2);
     let_go(&manager->other);
     if (fields < 0)
         return -1;
@@ -692,14 +710,13 @@ static int say_hello(hwpoison_manager *manager) {
     manager->page_size = want(&in, NUMBER).number;
     struct stat status;
     bool sensible = manager->page_size >= 4096 && !(manager->page_size & (manager->page_size - 1));
-    if (in.wrong || !sensible || !count || fstat(got[0], &status)) {
-        if (count)
-            close(got[0]);
+    if (in.wrong || !sensible || manager->arrived[0] < 0 || fstat(manager->arrived[0], &status)) {
+        let_go_of_arrived(manager);
         return failed(EPROTO, "the manager's welcome is none");
     }
     manager->board_nbytes = (size_t)status.st_size;
-    void *board = mmap(NULL, manager->board_nbytes, PROT_READ | PROT_WRITE, MAP_SHARED, got[0], 0);
-    close(got[0]);
+    void *board = mmap(NULL, manager->board_nbytes, PROT_READ | PROT_WRITE, MAP_SHARED, manager->arrived[0], 0);
+    let_go_of_arrived(manager);
     if (board == MAP_FAILED)
         return failed_by("the board of guarded views can't be mapped");
     manager->board = board;
@@ -734,6 +751,8 @@ hwpoison_manager *hwpoison_connect(const char *socket) {
     manager->told = manager->packet + 2 * MESSAGE_LIMIT;
     manager->control = manager->channel = manager->coming = manager->userfaultfd = manager->lifeline = manager->other = -1;
     manager->notices = manager->listening = manager->standing_event = -1;
+    for (int i = 0; i < DESCRIPTORS_MAX; i++)
+        manager->arrived[i] = -1;
     pthread_mutex_init(&manager->lock, NULL);
     pthread_mutex_init(&manager->memories_lock, NULL);
     pthread_mutex_init(&manager->notices_lock, NULL);
@@ -787,16 +806,17 @@ int hwpoison_user_mode(const hwpoison_manager *manager) { return manager->user_m
 /* Far from where the kernel puts what is mapped later: in a forked child there is nothing at our addresses, and nothing else
  * must come there by itself. */
 static void *map_apart(size_t nbytes, int protection, int flags, int fd) {
-    static atomic_uintptr_t last;
-    uintptr_t usual = (uintptr_t)&nbytes, lowest = usual / 4, highest = usual / 2 / PLACE_ALIGNMENT * PLACE_ALIGNMENT;
-    for (int attempt = 0; attempt < PLACES_MAX && nbytes <= (highest - lowest) >> (attempt + 1); attempt++) {
-        uintptr_t place = atomic_load(&last) - (nbytes << attempt);
-        if (place <= lowest || place >= highest)
-            place = highest - nbytes;
-        atomic_store(&last, place);
-        void *address = mmap((void *)place, nbytes, protection, flags | MAP_FIXED_NOREPLACE, fd, 0);
-        if (address != MAP_FAILED)
+    uintptr_t usual = (uintptr_t)&nbytes, lowest = usual / 4;
+    for (int attempt = 0; attempt < PLACES_MAX && nbytes < lowest / 2; attempt++) {
+        uint64_t chance;
+        if (getrandom(&chance, sizeof chance, GRND_NONBLOCK) != sizeof chance)
+            break;
+        uintptr_t place = (lowest + chance % (lowest - nbytes)) / PLACE_ALIGNMENT * PLACE_ALIGNMENT;
+        void *address = mmap((void *)place, nbytes, protection, flags, fd, 0);
+        if (address == MAP_FAILED || address == (void *)place)
             return address;
+        /* Something is there. */
+        munmap(address, nbytes);
     }
     return mmap(NULL, nbytes, protection, flags, fd, 0);
 }
@@ -838,8 +858,6 @@ static int map(hwpoison_memory *memory, struct mapping *mapping, bool guarded) {
     if (answered < 0) {
         int number = errno;
         munmap(address, nbytes);
-        if (!manager->memories)
-            arm(manager, false);
         errno = number;
         return -1;
     }
@@ -861,12 +879,25 @@ static void say_unmapped(hwpoison_manager *manager, struct mapping *mapping) {
     errno = number;
 }
 
+/* It is in the list no more, nor open. Nothing of it is mapped; if nothing else is, nobody is to end us. With the lock held. */
+static void forget_memory(hwpoison_memory *memory) {
+    hwpoison_manager *manager = memory->manager;
+    let_go(&memory->fd);
+    pthread_mutex_lock(&manager->memories_lock);
+    for (hwpoison_memory **one = &manager->memories; *one; one = &(*one)->next)
+        if (*one == memory) {
+            *one = memory->next;
+            break;
+        }
+    pthread_mutex_unlock(&manager->memories_lock);
+    if (!manager->memories)
+        arm(manager, false);
+}
+
 /* The object that what is in the packet asks for. With the lock held. */
 static hwpoison_memory *found(hwpoison_manager *manager, uint64_t number) {
     reader in;
-    int got[1];
-    size_t count = 1;
-    if (ask(manager, -1, "Found", &in, got, &count, NULL, 0) < 0) {
+    if (ask(manager, -1, "Found", &in, NULL, 0) < 0) {
         /* It may be there, and its descriptor could not be taken. */
         struct mapping never = {.number = number};
         say_unmapped(manager, &never);
@@ -875,12 +906,11 @@ static hwpoison_memory *found(hwpoison_manager *manager, uint64_t number) {
     value object = want(&in, NUMBER), name = want(&in, TEXT), nbytes = want(&in, NUMBER);
     skip(&in);
     value writable = want(&in, TRUTH), protect = want(&in, TRUTH);
-    hwpoison_memory *memory = in.wrong || !count ? NULL : calloc(1, sizeof *memory);
+    hwpoison_memory *memory = in.wrong || manager->arrived[0] < 0 ? NULL : calloc(1, sizeof *memory);
     if (memory)
         memory->name = strndup(name.text, name.number);
     if (!memory || !memory->name) {
-        if (count)
-            close(got[0]);
+        let_go_of_arrived(manager);
         free(memory);
         failed(ENOMEM, "there is no memory for an object, or the manager's answer is none");
         return NULL;
@@ -890,20 +920,22 @@ static hwpoison_memory *found(hwpoison_manager *manager, uint64_t number) {
     memory->nbytes = nbytes.number;
     memory->writable = writable.number;
     memory->protect = protect.number;
-    memory->fd = got[0];
+    memory->fd = -1;
     memory->plain.number = number;
     pthread_mutex_init(&memory->lock, NULL);
-    if (map(memory, &memory->plain, false)) {
-        say_unmapped(manager, &memory->plain);
-        close(memory->fd);
-        free(memory->name);
-        free(memory);
-        return NULL;
-    }
+    /* In the list first: a child that is forked finds its descriptor there. */
     pthread_mutex_lock(&manager->memories_lock);
     memory->next = manager->memories;
     manager->memories = memory;
     pthread_mutex_unlock(&manager->memories_lock);
+    move_fd(&manager->arrived[0], &memory->fd);
+    if (map(memory, &memory->plain, false)) {
+        forget_memory(memory);
+        say_unmapped(manager, &memory->plain);
+        free(memory->name);
+        free(memory);
+        return NULL;
+    }
     return memory;
 }
 
@@ -953,21 +985,12 @@ void hwpoison_close(hwpoison_memory *memory) {
     if (memory->view.address)
         munmap(memory->view.address, memory->view.nbytes);
     munmap(memory->plain.address, memory->plain.nbytes);
-    pthread_mutex_lock(&manager->memories_lock);
-    for (hwpoison_memory **one = &manager->memories; *one; one = &(*one)->next)
-        if (*one == memory) {
-            *one = memory->next;
-            break;
-        }
-    pthread_mutex_unlock(&manager->memories_lock);
     /* Before it is said: a manager that only waits for this ends when it hears it, and what is armed would end us. */
-    if (!manager->memories)
-        arm(manager, false);
+    forget_memory(memory);
     if (memory->view.address)
         say_unmapped(manager, &memory->view);
     say_unmapped(manager, &memory->plain);
     pthread_mutex_unlock(&manager->lock);
-    close(memory->fd);
     free(memory->name);
     free(memory);
 }
@@ -1029,8 +1052,8 @@ int hwpoison_flush(hwpoison_memory *memory) {
     if (request(manager, "Flushed", &in) >= 0) {
         memory->plain.errors = want(&in, NUMBER).number;
         value error = next(&in);
-        result = 0;
-        if (error.kind == ARRAY) {
+        result = in.wrong ? failed(EPROTO, "the manager's answer to Flush is none") : 0;
+        if (!in.wrong && error.kind == ARRAY) {
             skip(&in);
             skip(&in);
             value number = next(&in), text = next(&in);

@@ -14,7 +14,6 @@ import signal
 import struct
 import sys
 import threading
-from collections.abc import Iterable
 from functools import partial
 
 PAGE_SIZE = mmap.PAGESIZE
@@ -182,17 +181,28 @@ def queue_to_process(number: signal.Signals, value: int) -> None:
     _checked(_libc.sigqueue(os.getpid(), ctypes.c_int(number), ctypes.c_void_p(value)))
 
 
-_SIGNAL_SET_BYTES = 128
-_to_unblock = ctypes.create_string_buffer(_SIGNAL_SET_BYTES)
-unblock_chosen = partial(ctypes.PyDLL(None).pthread_sigmask, int(signal.SIG_UNBLOCK), _to_unblock, None)
-"""Unblock, in this thread, what `choose_to_unblock` was last called with; a call without any Python code in it. The one that
-Python has, `signal.pthread_sigmask`, runs the handlers of what was pending within the call."""
+SignalMask = ctypes.c_char * 128
+"""A sigset_t."""
+# Calls without any Python code in them, for `os.register_at_fork`: what a signal handler raises in that would be printed and
+# lost. They keep the GIL.
+_held = ctypes.PyDLL(None)
+_every_signal = SignalMask.from_buffer_copy(b"\xff" * ctypes.sizeof(SignalMask))
+mask_in_use = ctypes.pointer(SignalMask())
+"""To where `block_signals` puts, and from where `restore_signals` takes. A thread says so just before, as its last
+Python code: `mask_in_use.contents = mask`."""
+block_signals = partial(_held.pthread_sigmask, int(signal.SIG_BLOCK), _every_signal, mask_in_use)
+"""Block all signals in this thread."""
+restore_signals = partial(_held.pthread_sigmask, int(signal.SIG_SETMASK), mask_in_use, None)
+"""After `block_signals`: block what was blocked before. Python's own call would run the handlers of what is pending."""
+signal_to_raise = ctypes.c_int(0)
+raise_signal = partial(getattr(_held, "raise"), signal_to_raise)
+"""Send this thread the signal that `signal_to_raise` says; 0 is none."""
 
 
-def choose_to_unblock(signals: Iterable[int]) -> None:
-    """For `unblock_chosen`. No other thread runs between the last thing done here and the return."""
-    chosen = sum(1 << (number - 1) for number in signals).to_bytes(_SIGNAL_SET_BYTES, sys.byteorder)
-    _to_unblock.raw = chosen
+def signals_in(mask: ctypes.Array[ctypes.c_char]) -> set[int]:
+    """Those that it blocks."""
+    bits = int.from_bytes(mask.raw[:8], sys.byteorder)
+    return {number for number in signal.valid_signals() if bits >> (number - 1) & 1}
 
 
 def die_with_parent(number: int = signal.SIGKILL) -> None:
