@@ -105,7 +105,7 @@ if sys.platform != "linux":
     _PLACES = {place.replace("app.", "plain."): names for place, names in _PLACES.items()}
 
 
-def __getattr__(name: str) -> object:
+def _load(name: str) -> object:
     """Names are loaded when they are used: the manager process and the command need no numpy."""
     for place, names in _PLACES.items():
         if name in names:
@@ -113,6 +113,11 @@ def __getattr__(name: str) -> object:
             globals()[name] = value
             return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+if not TYPE_CHECKING:
+    # A type checker would take any name for one that is there.
+    __getattr__ = _load
 
 
 def __dir__() -> list[str]:

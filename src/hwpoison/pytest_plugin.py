@@ -60,9 +60,22 @@ class Faults:
         """The test has failed for them."""
         self._policy: Policy | None = None
         self._has_policy = False
-        self._logs = {_default_log(): _last_event(_default_log())}
-        """The event logs that there are, and the last event in each before the test as far as that is known."""
         self._begun = datetime.now(UTC)
+        self._logs: dict[Path, int] = {}
+        """The event logs that there are, and the last event in each before the test as far as that is known."""
+        self._private: set[str] = set()
+        """What the event ids of managers begin with that are this process's own: whatever they lose counts."""
+        self._left: dict[str, str] = {}
+        """What stood when a manager was closed."""
+        self._before: set[str] = set()
+        """Losses that stand from before the test."""
+        manager = _manager_module()
+        for one in manager.all_managers() if manager else ():
+            self._watch(one)
+            self._before |= _standing(one).keys()
+        self._note_log(_default_log())
+        if manager:
+            manager.watchers.append(self._watch)
 
     def strike(
         self, target: Any, index: SupportsIndex | tuple[SupportsIndex, ...] | None = None, *, action_required: bool = False
@@ -128,6 +141,9 @@ class Faults:
 
     def end(self) -> None:
         """The test is over."""
+        manager = _manager_module()
+        if manager and self._watch in manager.watchers:
+            manager.watchers.remove(self._watch)
         if self._has_policy:
             from hwpoison import set_policy
 
@@ -135,42 +151,65 @@ class Faults:
 
     def _note(self, failure: Failure, memory: Memory) -> None:
         if failure.victims:
-            log = memory.manager.log_place()[0]
             with self._lock:
-                self._logs.setdefault(log, 0)
                 self._struck[failure.event_id] = (failure, memory)
+
+    def _watch(self, manager: BaseManager, closes: bool = False) -> None:
+        """There is a way to it, or it is about to be closed: what has happened is in its log, what stands is known."""
+        from hwpoison import Manager
+
+        if closes:
+            stands = _standing(manager)
+            with self._lock:
+                self._left |= stands
+                for key, (_, memory) in list(self._struck.items()):
+                    if memory.manager is manager and not memory.closed and key not in stands:
+                        del self._struck[key]
+
+        with suppress(OSError):
+            log, instance = manager.log_place()
+            self._note_log(log)
+            if isinstance(manager, Manager):
+                self._private.add(instance)
+
+    def _note_log(self, log: Path) -> None:
+        with self._lock:
+            if log not in self._logs:
+                self._logs[log] = _last_event(log)
 
     def _undeclared(self) -> dict[str, str]:
         return {event_id: said for event_id, said in self._lost().items() if event_id not in self._declared}
 
     def _lost(self) -> dict[str, str]:
-        """What was lost and not dealt with, in words: of what this has struck, and of what this process has lost besides.
+        """What was lost and not dealt with, in words.
 
-        By the event logs, which have all of it, whoever has caused it and whatever has been closed since; where none can be
-        written, by what the memories say.
+        What can be asked, the managers say: what stands of the memories that are open here. Of those that are not, the event
+        logs tell: who has lost something, and whether somebody has dealt with it.
         """
+        manager = _manager_module()
+        managers = list(manager.all_managers()) if manager else []
+        for one in managers:
+            self._watch(one)
         with self._lock:
             struck, logs = dict(self._struck), dict(self._logs)
-        _wait_for_logs([memory.manager for _, memory in struck.values()])
+        stands: dict[str, str] = {}
+        for one in managers:
+            stands |= _standing(one)
         lost = {
-            event_id: _said(failure.name, failure.offset, failure.nbytes, event_id)
-            for event_id, (failure, _) in struck.items()
+            key: _said(one.name, one.offset, one.nbytes, key) for key, (one, memory) in struck.items() if not _open(memory)
         }
-        there = False
+        lost |= self._left
+        seen = {key for key, (_, memory) in struck.items() if _open(memory)}
         for log, before in logs.items():
-            with suppress(FileNotFoundError):
-                events = [one for one in _events(log, before) if one.time >= self._begun]
-                there = True
-                lost |= {
-                    one.event_id: _said(one.name, one.offset, one.nbytes, one.event_id)
-                    for one in events if one.kind == "victim" and one.pid == os.getpid()
-                }  # fmt: skip
-                for one in events:
-                    if one.kind in HANDLED:
-                        lost.pop(one.event_id, None)
-        if not there:
-            lost = {event_id: said for event_id, said in lost.items() if _still_lost(*struck[event_id])}
-        return lost
+            events = [one for one in _events(log, before) if one.time >= self._begun]
+            dealt_with = {one.event_id for one in events if one.kind in HANDLED}
+            for key in dealt_with:
+                lost.pop(key, None)
+            for one in events:
+                ours = one.pid == os.getpid() or one.instance in self._private
+                if one.kind == "victim" and ours and not {one.event_id} & (dealt_with | seen):
+                    lost[one.event_id] = _said(one.name, one.offset, one.nbytes, one.event_id)
+        return {key: said for key, said in (stands | lost).items() if key not in self._before}
 
 
 class Storm:
@@ -255,7 +294,29 @@ def _place(target: Any, index: SupportsIndex | tuple[SupportsIndex, ...] | None)
     return memory, offset
 
 
-# --- the event log
+# --- what managers and event logs say
+
+
+def _manager_module() -> Any:
+    """None where nobody has used it, and on other systems."""
+    if sys.platform != "linux":
+        return None
+    return import_module("hwpoison.app.manager")
+
+
+def _open(memory: Memory) -> bool:
+    return not memory.closed and not memory.manager.closed
+
+
+def _standing(manager: BaseManager) -> dict[str, str]:
+    """What is lost now of what is mapped here, by event id; nothing if it can't be asked."""
+    from hwpoison import protocol
+
+    with suppress(OSError, ValueError):
+        told = manager.connection.request(protocol.Standing(0), protocol.Losses).standing
+        notices = [one.notice for one in told]
+        return {one.event_id: _said(one.name, one.offset, one.nbytes, one.event_id) for one in notices}
+    return {}
 
 
 def _default_log() -> Path:
@@ -273,27 +334,12 @@ def _last_event(log: Path) -> int:
 
 
 def _events(log: Path, after: int) -> list[LoggedEvent]:
+    """Nothing if it can't be read."""
     from hwpoison import events
 
-    return list(events.read(log, after=after))
-
-
-def _wait_for_logs(managers: list[BaseManager]) -> None:
-    """What happened just now is in the log when the manager has said so, or has ended."""
-    # Not there if nobody has used it, and on other systems.
-    known = sys.modules.get("hwpoison.app.manager")
-    for one in dict.fromkeys([*managers, *(known.all_managers() if known else ())]):
-        with suppress(OSError):
-            one.log_place()
-
-
-def _still_lost(failure: Failure, memory: Memory) -> bool:
-    """Also if that can't be asked any more."""
-    try:
-        lost = memory.lost()
-    except (OSError, ValueError):
-        return True
-    return any(one.offset <= (failure.offset or 0) < one.offset + one.nbytes for one in lost)
+    with suppress(OSError, events.NotAnEventLogError):
+        return list(events.read(log, after=after))
+    return []
 
 
 def _said(name: str | None, offset: int | None, nbytes: int, event_id: str) -> str:

@@ -17,6 +17,7 @@ from hwpoison.app.manager import BaseManager
 from hwpoison.app.memory import Memory
 from hwpoison.linux.syscalls import PAGE_SIZE
 from tests.live.process import state_of
+from tests.live.slow_files import SlowFile
 from tests.live.test_guard_interrupts import interrupted_everywhere
 from tests.support import wait_until
 
@@ -38,21 +39,26 @@ def stopped(manager: hwpoison.Manager) -> Iterator[None]:
         os.kill(manager.pid, signal.SIGCONT)
 
 
-def interrupted(manager: hwpoison.Manager, action: Callable[[], object]) -> None:
-    """`action` asks, and a signal comes before it has got its reply."""
+@contextmanager
+def interruptions() -> Iterator[None]:
+    """A signal comes soon, and raises."""
 
     def handler(*_: object) -> None:
         raise Alarm
 
     before = signal.signal(signal.SIGALRM, handler)
     try:
-        with stopped(manager), pytest.raises(Alarm):
-            # Again and again: the first may come before it waits at all.
-            signal.setitimer(signal.ITIMER_REAL, 0.1)
-            action()
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def interrupted(manager: hwpoison.Manager, action: Callable[[], object]) -> None:
+    """`action` asks, and a signal comes before it has got its reply."""
+    with stopped(manager), interruptions(), pytest.raises(Alarm):
+        action()
 
 
 def struck(manager: hwpoison.Manager, path: Path) -> hwpoison.Memory:
@@ -104,6 +110,20 @@ def test_an_allocation_that_was_interrupted_leaves_no_object(manager: hwpoison.M
         interrupted(manager, lambda: manager.allocate(PAGE_SIZE, "second"))
         wait_until(lambda: [one.name for one in manager.objects()] == ["first"], "nobody holds it any more")
         manager.allocate(PAGE_SIZE, "second").close()
+
+
+def test_a_read_that_waits_for_its_file_is_interrupted(
+    manager: hwpoison.Manager, slow_file: Callable[[bytes], SlowFile]
+) -> None:
+    """An access would not be: the thread sleeps with the interpreter's one lock."""
+    slow = slow_file(b"s" * 4 * PAGE_SIZE)
+    memory = manager.open(slow.path)
+    slow.hold("read")
+    # As long as it takes no signal is seen; the file answers only afterwards.
+    with interruptions(), pytest.raises(Alarm):
+        memory.read(0, 4 * PAGE_SIZE)
+    slow.hold()
+    assert memory.read(PAGE_SIZE, 2) == b"ss"
 
 
 def test_an_attachment_that_is_interrupted_anywhere_leaves_no_mapping(manager: hwpoison.Manager) -> None:

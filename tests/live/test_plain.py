@@ -175,7 +175,7 @@ with warnings.catch_warnings(record=True) as warned:
 print(os.path.basename(warned[0].filename), "Here." in pathlib.Path(__file__).read_text().splitlines()[warned[0].lineno - 1])
 
 def names(folder=manager.socket.removeprefix("plain:")):
-    return sorted(pathlib.Path(one).suffix for one in os.listdir(folder) if one != "why")
+    return sorted(pathlib.Path(one).suffix for one in os.listdir(folder) if one != "manager")
 
 def attach(name):
     try:

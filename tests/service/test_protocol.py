@@ -382,7 +382,9 @@ def test_a_descriptor_that_cannot_back_an_object_as_asked_is_refused(client: Raw
     assert client.error(protocol.Open("file", 0, None, writable=True)) == "ValueError"
 
 
-@pytest.mark.parametrize("what", ["nothing", "not registered", "other memory", "the last page is not", "not watched"])
+@pytest.mark.parametrize(
+    "what", ["nothing", "not registered", "other memory", "the middle is not", "the last page is not", "not watched"]
+)
 def test_a_mapping_that_is_not_registered_is_refused(client: RawClient, tmp_path: Path, what: str) -> None:
     """Its absent pages would be zeros, for everybody."""
     path = tmp_path / "file"
@@ -396,6 +398,9 @@ def test_a_mapping_that_is_not_registered_is_refused(client: RawClient, tmp_path
     if what in ("the last page is not", "not watched"):
         nbytes = 3 * PAGE_SIZE if what == "not watched" else 2 * PAGE_SIZE
         userfaultfd.register(client.userfaultfd, address, nbytes, userfaultfd.MODE_MISSING)
+    if what == "the middle is not":
+        for page in (0, 2):
+            userfaultfd.register(client.userfaultfd, address + page * PAGE_SIZE, PAGE_SIZE, userfaultfd.MODE_MISSING)
     if what == "nothing":
         room.close()
     assert client.error(protocol.Map(found.object, address, 1)) == "ValueError"

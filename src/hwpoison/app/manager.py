@@ -12,7 +12,7 @@ import sys
 import threading
 import weakref
 from abc import ABC
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from socket import AF_UNIX, SOCK_SEQPACKET
@@ -55,6 +55,10 @@ def all_managers() -> list[BaseManager]:
     return [one for one in found if one is not None and not one.closed and one.connection.owner == os.getpid()]
 
 
+watchers: list[Callable[[BaseManager, bool], None]] = []
+"""Called with each manager when there is a way to it, and before it is closed; and whether it is. For the pytest fixture."""
+
+
 class BaseManager(ABC):  # noqa: B024  (plain ones are registered)
     """What a private and a shared manager have in common."""
 
@@ -64,6 +68,11 @@ class BaseManager(ABC):  # noqa: B024  (plain ones are registered)
         self._open: weakref.WeakValueDictionary[int, Memory] = weakref.WeakValueDictionary()
         """By their ids. A memory that nobody has any more goes with its mapping, unless that has views."""
         _managers[id(self)] = self
+        self._tell_watchers(closes=False)
+
+    def _tell_watchers(self, *, closes: bool) -> None:
+        for watcher in list(watchers):
+            watcher(self, closes)
 
     @property
     def pid(self) -> int:
@@ -324,6 +333,7 @@ class BaseManager(ABC):  # noqa: B024  (plain ones are registered)
         names them. Raises what `flush` raises: the first error, with notes that name the memories of others."""
         if self.connection.closed:
             return
+        self._tell_watchers(closes=True)
         kept: dict[str, None] = {}
         errors: list[tuple[str, OSError]] = []
         for memory in list(self._open.values()):

@@ -566,7 +566,8 @@ static int open_userfaultfd(bool *user_mode) {
     return fd;
 }
 
-/* The handshake, with what this kernel has of what is wanted. `device`: /dev/userfaultfd, if the manager has passed it. */
+/* The handshake, with what this kernel has of what is wanted. `device`: /dev/userfaultfd, if the manager has passed it. With the
+ * lock that forks wait for. */
 static int agree(int fd, int device) {
     bool user_mode;
     int other = device >= 0 ? ioctl(device, UFFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK) : open_userfaultfd(&user_mode);
@@ -688,7 +689,10 @@ static int say_hello(hwpoison_manager *manager) {
         errno = why;
         return failed_by("userfaultfd can't be opened; see `hwpoison doctor`");
     }
-    if (agree(manager->userfaultfd, manager->arrived[0]))
+    pthread_mutex_lock(&managers_lock);
+    int refused = agree(manager->userfaultfd, manager->arrived[0]);
+    pthread_mutex_unlock(&managers_lock);
+    if (refused)
         return -1;
     pthread_mutex_lock(&managers_lock);
     bool none = socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair);

@@ -90,13 +90,15 @@ class LinuxSpace:
         return True
 
     async def registered(self, address: int, nbytes: int, *, watched: bool) -> bool:
-        """False if the first or the last page is no shared memory that is registered with this userfaultfd; `watched`: for
-        writes too. The kernel is asked by doing what does no harm: watching for writes, or mapping what is there."""
+        """False if the range is no mapping of shared memory, registered with this userfaultfd; `watched`: for writes too.
+
+        The kernel is asked by doing what does no harm: copying from nowhere, watching for writes, mapping what is there.
+        """
         async with self._turn:
             if self.fd < 0:
                 return True
             try:
-                await self._run(partial(_touch_ends, watched=watched), address, nbytes)
+                await self._run(partial(_require_registered, watched=watched), address, nbytes)
             except OSError as error:
                 return error.errno not in (errno.ENOENT, errno.EINVAL)
         return True
@@ -220,8 +222,9 @@ def _persistently(call: Callable[[int, int, int], None], fd: int, address: int, 
             return
 
 
-def _touch_ends(fd: int, address: int, nbytes: int, *, watched: bool) -> None:
-    """Raises what tells that the first or the last page is not registered."""
+def _require_registered(fd: int, address: int, nbytes: int, *, watched: bool) -> None:
+    """Raises what the kernel says where it is not."""
+    userfaultfd.require_registered(fd, address, nbytes)
     for page in dict.fromkeys((address, address + nbytes - PAGE_SIZE)):
         try:
             if watched:

@@ -203,6 +203,18 @@ def _copy_page(fd: int, address: int, source: int) -> None:
         return
 
 
+def require_registered(fd: int, address: int, nbytes: int) -> None:
+    """Raises OSError, ENOENT for instance, unless the whole range is one mapping that is registered, for whatever faults.
+
+    By a copy from where nothing can be read (EFAULT): the kernel looks at the range before it looks there.
+    """
+    try:
+        fcntl.ioctl(fd, _IOC_COPY, _copy.pack(address, syscalls.nothing_there(), nbytes, _DONT_WAKE, 0))
+    except OSError as error:
+        if error.errno != errno.EFAULT:
+            raise
+
+
 def zero_page(fd: int, address: int, nbytes: int) -> None:
     """Pages of zeros of the mapping's own. Wakes nobody."""
     fcntl.ioctl(fd, _IOC_ZEROPAGE, _filled.pack(address, nbytes, _DONT_WAKE, 0))

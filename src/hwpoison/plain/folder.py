@@ -29,8 +29,8 @@ except ImportError:
     fcntl = None
 
 GONE = "the manager whose folder was {} has ended; open a new one with Manager()"
-WHY = "why"
-"""The file that says why memory is not managed."""
+MANAGER = "manager"
+"""The file that says why memory is not managed, and the manager's policy."""
 ENTRY, BYTES, PERSISTENT = ".entry", ".memory", ".persistent"
 """How the names of an object's files end; the last is there if it stays without anybody who has it open."""
 
@@ -77,7 +77,12 @@ class Folder:
     @property
     def why(self) -> str:
         """Why nothing is managed."""
-        return self._file(WHY).read_text()
+        return str(json.loads(self._file(MANAGER).read_text())[0])
+
+    @property
+    def policy(self) -> str:
+        """The manager's."""
+        return str(json.loads(self._file(MANAGER).read_text())[1])
 
     def add(self, name: str | None, kind: str, mode: str, path: str, offset: int, nbytes: int, *, persistent: bool) -> Held:
         """A new object; without a `name` it gets one. Anonymous memory is all zeros. Raises FileExistsError, OSError."""
@@ -111,6 +116,8 @@ class Folder:
     def entries(self) -> list[tuple[Entry, bool]]:
         """All objects, and whether each is persistent."""
         found = []
+        if not os.path.isdir(self.path):
+            raise ConnectionError(GONE.format(self.path))
         for file in sorted(Path(self.path).glob("*" + ENTRY)):
             _remove_if_unused(place := str(file).removesuffix(ENTRY))
             with suppress(FileNotFoundError):
@@ -160,14 +167,14 @@ def _no_object(name: str) -> FileNotFoundError:
     return FileNotFoundError(errno.ENOENT, f"there is no object {name!r}")
 
 
-def make_folder(why: str) -> Folder:
+def make_folder(why: str, policy: str) -> Folder:
     """A new one."""
     try:
         path = tempfile.mkdtemp(prefix="hwpoison-", dir="/dev/shm")
     except OSError:
         path = tempfile.mkdtemp(prefix="hwpoison-")
     folder = Folder(path)
-    Path(folder.path, WHY).write_text(why)
+    Path(folder.path, MANAGER).write_text(json.dumps([why, policy]))
     return folder
 
 

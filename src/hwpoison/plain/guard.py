@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from types import TracebackType
+from types import GenericAlias, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, SupportsIndex
 
 from hwpoison.errors import Range
@@ -94,6 +94,8 @@ class SafeView:
 
 class guard:  # noqa: N801  (used as a function)
     """As `hwpoison.guard`."""
+
+    __class_getitem__: Any = classmethod(GenericAlias)
 
     def __init__(self, *memories: Memory) -> None:
         if not memories:

@@ -18,7 +18,7 @@ from hwpoison.core.records import Capabilities, Failure, Policy
 from hwpoison.errors import UnsupportedError, warn
 from hwpoison.plain.folder import GONE, Folder, Held, make_folder
 from hwpoison.plain.memory import Mapping, Memory, mapped
-from hwpoison.plain.notices import NoticeStream
+from hwpoison.plain.notices import Handle, NoticeStream
 from hwpoison.protocol import ObjectInfo, Statistics
 
 PREFIX = "plain:"
@@ -46,6 +46,7 @@ class BaseManager:
         self._mapped: weakref.WeakValueDictionary[int, Mapping] = weakref.WeakValueDictionary()
         """Those too of which nothing is left but views."""
         self._streams: weakref.WeakSet[NoticeStream] = weakref.WeakSet()
+        self._handles: list[Handle] = []
         self._end: Callable[[], object] = int
         """What takes the folder away, if this is who has made it."""
         self.socket = PREFIX + folder.path
@@ -127,14 +128,16 @@ class BaseManager:
         self._folder.unlink(name_of(name) or "")
 
     def inject(self, memory: str | Memory, offset: SupportsIndex, action_required: bool = False) -> Failure:
+        self._check_open()
         raise UnsupportedError(f"a failure can't be simulated: {self.capabilities.reason}")
 
     def report(self, *arguments: object, **named: object) -> Failure:
+        self._check_open()
         raise UnsupportedError(f"a failure can't be handled: {self.capabilities.reason}")
 
     def notices(self) -> NoticeStream:
         self._check_open()
-        return NoticeStream(self._streams)
+        return NoticeStream(self._streams, self)
 
     def objects(self) -> list[ObjectInfo]:
         self._check_open()
@@ -166,6 +169,7 @@ class BaseManager:
         return Path(os.devnull), ""
 
     def restart(self) -> int:
+        self._check_open()
         return self.pid
 
     def close(self) -> None:
@@ -219,7 +223,7 @@ class Manager(BaseManager):
         if not _warned:
             _warned.append(True)
             warn(f"hwpoison manages no memory here, so nothing of it is recovered: {why}", RuntimeWarning)
-        folder = make_folder(why)
+        folder = make_folder(why, policy)
         super().__init__(folder, policy)
         self._end = weakref.finalize(self, folder.remove)
 
@@ -235,7 +239,8 @@ def connect(socket: str | os.PathLike[str] | None = None, *, maps: bool = True) 
     if not name.startswith(PREFIX):
         raise ConnectionError(f"no manager answers at {name or 'no socket'}: {OTHER_SYSTEM}")
     try:
-        return SharedManager(Folder(folder), Policy.LATE)
+        known = Folder(folder)
+        return SharedManager(known, Policy(known.policy))
     except FileNotFoundError:
         raise ConnectionError(GONE.format(folder)) from None
 

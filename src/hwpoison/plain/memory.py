@@ -158,13 +158,13 @@ class Memory:
 
     def notices(self) -> NoticeStream:
         self._check_open()
-        return NoticeStream(self._streams)
+        return NoticeStream(self._streams, self)
 
     def on_failure(self, function: Callable[[Notice], object]) -> Handle:
         self._check_open()
         if not callable(function):
             raise TypeError(f"on_failure needs a function, not {type(function).__name__}")
-        return Handle(function)
+        return Handle(function, self._manager._handles, self)
 
     @property
     def policy(self) -> Policy:
@@ -192,6 +192,8 @@ class Memory:
         self.closed = True
         for stream in list(self._streams):
             stream.close()
+        for handle in [one for one in self._manager._handles if one._of is self]:
+            handle.cancel()
         self._over()
         self._manager._open.pop(id(self), None)
 

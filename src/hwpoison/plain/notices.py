@@ -7,6 +7,7 @@ import select
 import socket
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -31,13 +32,18 @@ def policy_of(manager: Policy, own: Policy | None) -> Policy:
 
 
 class Handle:
-    """Of a function that will not be called."""
+    """Of a function that will not be called. Until it is cancelled its memory stays open."""
 
-    def __init__(self, function: Callable[[Notice], object]) -> None:
+    def __init__(self, function: Callable[[Notice], object], keeping: list[Handle], of: object) -> None:
         self._function = function
+        self._keeping = keeping
+        self._of = of
+        keeping.append(self)
 
     def cancel(self) -> None:
-        """Nothing to do."""
+        with suppress(ValueError):
+            self._keeping.remove(self)
+        self._of = None
 
     def __call__(self, notice: Notice) -> object:
         return self._function(notice)
@@ -46,8 +52,9 @@ class Handle:
 class NoticeStream:
     """No notices: it ends when the memory or the manager is closed, or by `close()`."""
 
-    def __init__(self, streams: weakref.WeakSet[NoticeStream]) -> None:
-        """`streams`: those that end with the same memory or manager."""
+    def __init__(self, streams: weakref.WeakSet[NoticeStream], of: object) -> None:
+        """`streams`: those that end with the same memory or manager, which this keeps."""
+        self._of = of
         self._ours, self._other = socket.socketpair()
         streams.add(self)
         _streams.add(self)
