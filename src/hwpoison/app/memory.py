@@ -197,7 +197,8 @@ class Memory(ABC):  # noqa: B024  (plain ones are registered)
     def read(self, offset: SupportsIndex, nbytes: SupportsIndex) -> bytes:
         """A copy of bytes. Raises PoisonError, naming all that is lost of them; ValueError outside the memory."""
         begin, length = self._checked_range(offset, nbytes)
-        if length and next_hole(self._memfd().number, begin, begin + length) is not None:
+        memfd = self._memfd()
+        if length and next_hole(memfd.number, begin, begin + length) is not None:
             # Within the copying no other thread runs, and no signal is seen.
             self.prefetch(begin, length)
         view, visit = self._visit(tells=False)

@@ -30,8 +30,6 @@ WORKERS_OF_CLIENT = 4
 """Workers that one client can make wait for its mmap lock: the others are for other clients."""
 ATTEMPTS = 1000
 """How often an ioctl is tried that the kernel wants to be tried again."""
-NOWHERE = 1 << 20
-"""An address at which programs have nothing."""
 
 _GONE = (errno.ESRCH, errno.ENOENT)
 """The process has ended, or has unmapped the range: nobody is left to be told."""
@@ -142,7 +140,7 @@ class LinuxSpace:
             if self.fd < 0:
                 return True
             try:
-                await self._run(partial(userfaultfd.protect, on=True), NOWHERE, PAGE_SIZE)
+                await self._run(partial(userfaultfd.protect, on=True), userfaultfd.NOWHERE, PAGE_SIZE)
             except OSError as error:
                 return error.errno == errno.ESRCH
             return False

@@ -14,7 +14,7 @@ import signal
 import struct
 import sys
 import threading
-from functools import cache, partial
+from functools import partial
 
 PAGE_SIZE = mmap.PAGESIZE
 
@@ -115,12 +115,6 @@ def fence(address: int, nbytes: int) -> None:
     """Make addresses where nothing is mapped inaccessible, so that nothing else comes there."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED_NOREPLACE | MAP_NORESERVE
     map_memory(nbytes, 0, flags, -1, address)
-
-
-@cache
-def nothing_there() -> int:
-    """An address at which nothing can be read, and never will be."""
-    return map_memory(PAGE_SIZE, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE, -1)
 
 
 def unmap_memory(address: int, nbytes: int) -> None:

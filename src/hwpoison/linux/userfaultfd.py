@@ -31,6 +31,8 @@ class Feature(IntFlag):
     POISON = 1 << 14
 
 
+NOWHERE = 1 << 20
+"""An address at which programs have nothing."""
 NO_FEATURE = Feature(0)
 NEEDED = Feature.MISSING_SHMEM | Feature.THREAD_ID | Feature.WRITE_PROTECT_SHMEM
 
@@ -209,7 +211,7 @@ def require_registered(fd: int, address: int, nbytes: int) -> None:
     By a copy from where nothing can be read (EFAULT): the kernel looks at the range before it looks there.
     """
     try:
-        fcntl.ioctl(fd, _IOC_COPY, _copy.pack(address, syscalls.nothing_there(), nbytes, _DONT_WAKE, 0))
+        fcntl.ioctl(fd, _IOC_COPY, _copy.pack(address, NOWHERE, nbytes, _DONT_WAKE, 0))
     except OSError as error:
         if error.errno != errno.EFAULT:
             raise
