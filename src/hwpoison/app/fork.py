@@ -8,6 +8,7 @@ code gets no fence, and no mapping.
 
 from __future__ import annotations
 
+import asyncio  # noqa: F401  (what it does in a forked child comes before ours: signals wait for that too)
 import logging
 import os
 import signal
