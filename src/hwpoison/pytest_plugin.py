@@ -8,8 +8,10 @@ from __future__ import annotations
 import operator
 import os
 import random
+import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
     from hwpoison import BaseManager, Failure, LoggedEvent, Memory, Policy
 
+END_SECONDS_MAX = 10.0
+"""How long a manager that nobody has any more may take to end."""
 HANDLED = ("repair", "discard")
 """Events of a loss that somebody has dealt with."""
 
@@ -65,6 +69,8 @@ class Faults:
         """The event logs that there are, and the last event in each before the test as far as that is known."""
         self._private: set[str] = set()
         """What the event ids of managers begin with that are this process's own: whatever they lose counts."""
+        self._processes: list[tuple[weakref.ref[BaseManager], subprocess.Popen[bytes]]] = []
+        """Those of the private managers."""
         self._left: dict[str, str] = {}
         """What stood when a manager was closed."""
         self._before: set[str] = set()
@@ -169,8 +175,9 @@ class Faults:
         with suppress(OSError):
             log, instance = manager.log_place()
             self._note_log(log)
-            if isinstance(manager, Manager):
+            if isinstance(manager, Manager) and instance not in self._private:
                 self._private.add(instance)
+                self._processes.append((weakref.ref(manager), manager._process))
 
     def _note_log(self, log: Path) -> None:
         with self._lock:
@@ -190,6 +197,11 @@ class Faults:
         managers = list(manager.all_managers()) if manager else []
         for one in managers:
             self._watch(one)
+        for manager_there, process in self._processes:
+            if manager_there() is None:
+                # Nobody has closed it. When it has ended, its log is complete.
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(END_SECONDS_MAX)
         with self._lock:
             struck, logs = dict(self._struck), dict(self._logs)
         stands: dict[str, str] = {}

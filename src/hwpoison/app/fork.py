@@ -42,6 +42,8 @@ class _Forking(threading.local):
     def __init__(self) -> None:
         self.invitations: dict[Connection, socket.socket | None] = {}
         self.reserve = b""
+        self.again = 0
+        """A signal that is to come when the fork is over."""
         self.masks: list[Any] = []
         """The signals that are blocked when it does not fork."""
         self.parent = 0
@@ -55,11 +57,10 @@ _open: set[socket.socket] = set()
 
 
 def _before() -> None:
-    syscalls.signal_to_raise.value = 0
-    _forking.invitations, _forking.known, _forking.parent = {}, set(), 0
     # In variables of its own: a signal handler may fork in the middle of it.
     invitations: dict[Connection, socket.socket | None] = {}
     try:
+        _forking.invitations, _forking.known, _forking.parent, _forking.again = {}, set(), 0, 0
         known = _prepare(invitations)
         _forking.invitations, _forking.known, _forking.parent = invitations, known, os.getpid()
     except BaseException as error:
@@ -95,7 +96,7 @@ def _prepare(invitations: dict[Connection, socket.socket | None]) -> set[Mapped]
 def _say_again(error: BaseException) -> None:
     """What is raised in a function that runs at a fork is printed and lost. Ctrl-C comes again when the fork is over."""
     if isinstance(error, KeyboardInterrupt):
-        syscalls.signal_to_raise.value = signal.SIGINT
+        _forking.again = signal.SIGINT
 
 
 def _close(invitation: socket.socket | None) -> None:
@@ -121,9 +122,9 @@ def _invite(connection: Connection, invitations: dict[Connection, socket.socket 
 
 
 def _in_parent() -> None:
-    invitations, _forking.invitations, _forking.parent = _forking.invitations, {}, 0
-    _forking.known = set()
     try:
+        invitations, _forking.invitations, _forking.parent = _forking.invitations, {}, 0
+        _forking.known = set()
         for invitation in invitations.values():
             _close(invitation)
     except BaseException as error:
@@ -153,8 +154,10 @@ def _about_to_block() -> None:
 
 
 def _about_to_restore() -> None:
+    again, _forking.again = _forking.again, 0
     if _forking.masks:
         mask = _forking.masks.pop()
+        syscalls.signal_to_raise.value = again
         syscalls.mask_in_use.contents = mask
 
 
