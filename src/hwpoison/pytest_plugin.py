@@ -78,7 +78,7 @@ class Faults:
         manager = _manager_module()
         for one in manager.all_managers() if manager else ():
             self._watch(one)
-            self._before |= _standing(one).keys()
+            self._before |= (_standing(one) or {}).keys()
         self._note_log(_default_log())
         if manager:
             manager.watchers.append(self._watch)
@@ -164,14 +164,13 @@ class Faults:
         """There is a way to it, or it is about to be closed: what has happened is in its log, what stands is known."""
         from hwpoison import Manager
 
-        if closes:
-            stands = _standing(manager)
+        stands = _standing(manager) if closes else None
+        if stands is not None:
             with self._lock:
                 self._left |= stands
                 for key, (_, memory) in list(self._struck.items()):
                     if memory.manager is manager and not memory.closed and key not in stands:
                         del self._struck[key]
-
         with suppress(OSError):
             log, instance = manager.log_place()
             self._note_log(log)
@@ -205,13 +204,15 @@ class Faults:
         with self._lock:
             struck, logs = dict(self._struck), dict(self._logs)
         stands: dict[str, str] = {}
+        asked: list[BaseManager] = []
         for one in managers:
-            stands |= _standing(one)
-        lost = {
-            key: _said(one.name, one.offset, one.nbytes, key) for key, (one, memory) in struck.items() if not _open(memory)
-        }
+            if (found := _standing(one)) is not None:
+                stands |= found
+                asked.append(one)
+        # Of memories that can't be asked about the logs tell, and if they can't either, what was struck is lost.
+        seen = {key for key, (_, memory) in struck.items() if not memory.closed and memory.manager in asked}
+        lost = {key: _said(one.name, one.offset, one.nbytes, key) for key, (one, _) in struck.items() if key not in seen}
         lost |= self._left
-        seen = {key for key, (_, memory) in struck.items() if _open(memory)}
         for log, before in logs.items():
             events = [one for one in _events(log, before) if one.time >= self._begun]
             dealt_with = {one.event_id for one in events if one.kind in HANDLED}
@@ -310,25 +311,21 @@ def _place(target: Any, index: SupportsIndex | tuple[SupportsIndex, ...] | None)
 
 
 def _manager_module() -> Any:
-    """None where nobody has used it, and on other systems."""
+    """None on other systems."""
     if sys.platform != "linux":
         return None
     return import_module("hwpoison.app.manager")
 
 
-def _open(memory: Memory) -> bool:
-    return not memory.closed and not memory.manager.closed
-
-
-def _standing(manager: BaseManager) -> dict[str, str]:
-    """What is lost now of what is mapped here, by event id; nothing if it can't be asked."""
+def _standing(manager: BaseManager) -> dict[str, str] | None:
+    """What is lost now of what is mapped here, by event id; None if it can't be asked."""
     from hwpoison import protocol
 
     with suppress(OSError, ValueError):
         told = manager.connection.request(protocol.Standing(0), protocol.Losses).standing
         notices = [one.notice for one in told]
         return {one.event_id: _said(one.name, one.offset, one.nbytes, one.event_id) for one in notices}
-    return {}
+    return None
 
 
 def _default_log() -> Path:

@@ -357,6 +357,36 @@ def _allocate_until_refused(manager: hwpoison.Manager, begun: threading.Barrier,
         errors.append(error)
 
 
+def test_a_close_that_views_forbid_has_flushed(manager: hwpoison.Manager, file: MakeFile) -> None:
+    path = file(4 * PAGE)
+    memory = manager.open(path, "r+")
+    array = memory.array()
+    array[:7] = numpy.frombuffer(b"changed", "u1")
+    with pytest.raises(BufferError):
+        memory.close()
+    assert path.read_bytes()[:7] == b"changed"
+    array[PAGE] = 7
+    del array
+    memory.close()
+    assert path.read_bytes()[PAGE] == 7
+
+
+def test_more_is_mapped_than_the_process_may_have_of_its_own(manager: hwpoison.Manager) -> None:
+    """What is mapped is the manager's: limits of private memory are not for it."""
+    code = """
+import resource
+manager = hwpoison.connect(arguments[0])
+_, most = resource.getrlimit(resource.RLIMIT_DATA)
+resource.setrlimit(resource.RLIMIT_DATA, (512 << 20, most))
+memory = manager.allocate(4 << 30, populate=False)
+memory.buffer[-1] = 7
+say([memory.read(memory.nbytes - 1, 1)[0], memory.buffer[1 << 30]])
+"""
+    with Child(code, manager.socket) as child:
+        assert child.hear() == [7, 0], child.errors
+        assert child.wait() == 0
+
+
 # What is just being made has no owner yet who could close it.
 @pytest.mark.filterwarnings("ignore:still in use:ResourceWarning")
 def test_what_is_asked_while_another_thread_closes_the_manager_is_told_that() -> None:

@@ -2,8 +2,8 @@
 
 Before the fork the manager is asked to hold what is mapped (`Connection.invite`), as the parent may end at once. In the
 child every address is fenced first, so that nothing else comes there; then each connection begins again, and each mapping is
-made again in place of its fence. What can't be had again stays fenced: an access is a SIGSEGV, never a zero. A fork by C
-code gets no fence, and no mapping.
+made again in place of its fence. Signals are blocked from just before the fork until then. What can't be had again stays
+fenced: an access is a SIGSEGV, never a zero. A fork by C code gets no fence, and no mapping.
 """
 
 from __future__ import annotations

@@ -341,10 +341,6 @@ class BaseManager(ABC):  # noqa: B024  (plain ones are registered)
                 memory.close()
             except BufferError:
                 kept[memory.name] = None
-                try:
-                    memory.flush()
-                except OSError as error:
-                    errors.append((memory.name, error))
             except OSError as error:
                 errors.append((memory.name, error))
         kept |= dict.fromkeys(self.connection.mapped())

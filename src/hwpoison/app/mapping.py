@@ -121,7 +121,11 @@ def _map_apart(fd: int, nbytes: int, flags: int, protection: int) -> Mapping:
     it. Where that can't be had, it is where the kernel puts it.
     """
     # Not the object yet: what a signal handler that raises leaves behind is addresses, and nobody's memory.
-    mapping = Mapping(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | syscalls.MAP_NORESERVE, protection)
+    try:
+        mapping = Mapping(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | syscalls.MAP_NORESERVE, protection)
+    except OSError:
+        # As much memory would not be had (overcommit_memory 2, `ulimit -d`), which the object's mapping does not need.
+        mapping = Mapping(fd, nbytes, flags, protection)
     usual = syscalls.address_of(mapping)
     address = _reserved(nbytes, usual) or usual
     try:

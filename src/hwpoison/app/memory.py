@@ -8,7 +8,7 @@ import threading
 import weakref
 from abc import ABC
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
@@ -380,17 +380,23 @@ class Memory(ABC):  # noqa: B024  (plain ones are registered)
     # --- its life
 
     def close(self) -> None:
-        """Unmap, and flush. Raises BufferError, with everything still usable, if there are views; what `flush` raises, when
-        it is closed all the same.
+        """Unmap, and flush. Raises BufferError if there are views: it is flushed, and everything is still usable; and what
+        `flush` raises, when it is closed all the same if there are none.
 
         A second close does nothing, and waits for nothing, unless the first one was interrupted: then it goes on with it.
         """
         if os.getpid() != self._connection.owner:
             # The lock may be held by a thread that only the parent has.
             self._connection.check()
-        with self._lock:
-            if not self.closed:
-                self._unmap()
+        try:
+            with self._lock:
+                if not self.closed:
+                    self._unmap()
+        except BufferError:
+            # That there is no manager any more, or that another thread has closed it, is said by whatever is asked next.
+            with suppress(ConnectionError, ValueError):
+                self.flush()
+            raise
         try:
             # In one step: of several threads, one does it.
             self._unfinished.pop()
